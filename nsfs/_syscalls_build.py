@@ -1,0 +1,79 @@
+"""Build the cffi module: the system calls that Python's os module does not offer.
+
+API mode, so every constant and structure comes from the headers of the machine that builds it.
+"""
+
+from cffi import FFI
+
+ffi = FFI()
+
+ffi.cdef(
+    """
+    static const int IN_MODIFY, IN_NONBLOCK, IN_CLOEXEC, IN_IGNORED, IN_DELETE_SELF;
+    static const unsigned long MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE, MS_UNBINDABLE, MS_RDONLY,
+        MS_REMOUNT, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_RELATIME;
+    static const int MNT_DETACH;
+    static const int CLONE_NEWNS;
+
+    int nsfs_mount(const char *source, const char *target, const char *type,
+                   unsigned long flags, const char *data);
+    int nsfs_umount(const char *target, int flags);
+    int nsfs_inotify_init(void);
+    int nsfs_inotify_add(int fd, const char *path, unsigned int mask);
+    int nsfs_inotify_remove(int fd, int watch);
+    int nsfs_openat2(int dirfd, const char *path, unsigned long long flags,
+                     unsigned long long resolve);
+    static const unsigned long long RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS;
+    """
+)
+
+ffi.set_source(
+    "nsfs._syscalls",
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <linux/openat2.h>
+    #include <sched.h>
+    #include <string.h>
+    #include <sys/inotify.h>
+    #include <sys/mount.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* Each returns what the call does, or -errno: no second call to fetch errno. */
+    static int nsfs_result(long r) { return r < 0 ? -errno : (int)r; }
+
+    static int nsfs_mount(const char *source, const char *target, const char *type,
+                          unsigned long flags, const char *data)
+    { return nsfs_result(mount(source, target, type, flags, data)); }
+
+    static int nsfs_umount(const char *target, int flags)
+    { return nsfs_result(umount2(target, flags)); }
+
+    static int nsfs_inotify_init(void)
+    { return nsfs_result(inotify_init1(IN_NONBLOCK | IN_CLOEXEC)); }
+
+    static int nsfs_inotify_add(int fd, const char *path, unsigned int mask)
+    { return nsfs_result(inotify_add_watch(fd, path, mask)); }
+
+    static int nsfs_inotify_remove(int fd, int watch)
+    { return nsfs_result(inotify_rm_watch(fd, watch)); }
+
+    static int nsfs_openat2(int dirfd, const char *path, unsigned long long flags,
+                            unsigned long long resolve)
+    {
+        struct open_how how;
+        memset(&how, 0, sizeof how);
+        how.flags = flags;
+        how.resolve = resolve;
+        return nsfs_result(syscall(SYS_openat2, dirfd, path, &how, sizeof how));
+    }
+    """,
+    extra_compile_args=["-Wall", "-Wextra", "-Wno-unused-parameter"],
+)
+
+if __name__ == "__main__":
+    ffi.compile(verbose=True)

@@ -1,0 +1,258 @@
+"""What the entries of a container's directory are: files, links and directories, declared in
+tables.
+
+A module of `nsfs.entries` or `nsfs.views` ends in a table::
+
+    FILES = (
+        Attribute("freeze", show=freeze_show, store=freeze_store, flags=NOT_ON_ROOT),
+        Attribute("state", show=state_show, poll=state_poll),
+    )
+
+`show(face)` returns the text of the file, `store(face, value, caller)` takes what was written;
+either may be a coroutine function.  The mode follows from which of them there are.  A *face* is a
+container as one viewpoint shows it; this module only passes it on.  What every control file has in
+common is the core's: one snapshot for each open, one value a write, at most 4096 bytes, one
+trailing newline stripped, direct I/O.
+
+Values are parsed and formatted here as cgroup v2 does it (Documentation/admin-guide/cgroup-v2.rst,
+"Interface Files"): one value, or flat-keyed lines; `max` means no limit.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import select
+import stat
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+VALUE_MAX = 4096
+"""The longest value that a control file takes, in bytes."""
+
+
+class Flags(enum.Flag):
+    """Where an entry exists, and whose it is."""
+
+    NONE = 0
+    NOT_ON_ROOT = enum.auto()
+    """The root of a viewpoint's tree that is the host itself does not have it."""
+    PARENTS = enum.auto()
+    """The parent's to change: the inner face shows it read-only."""
+    HIDDEN = enum.auto()
+    """Neither listed nor found by name: nsfs binds it somewhere else."""
+
+
+NOT_ON_ROOT = Flags.NOT_ON_ROOT
+PARENTS = Flags.PARENTS
+HIDDEN = Flags.HIDDEN
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The process that makes a request: `tid` as the host numbers it, and its fsuid and fsgid."""
+
+    tid: int
+    uid: int
+    gid: int
+
+
+class OpenFile:
+    """An open file that is a stream rather than a value.
+
+    `token` names the open file for ever: the next daemon, asked about an open file it has never
+    seen, makes it again with `reopened` true.
+    """
+
+    def __init__(self, face: Any, token: int, flags: int, reopened: bool) -> None:
+        self.face = face
+        self.token = token
+        self.flags = flags
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """Up to `size` bytes; b"" is the end.  May wait: a signal of the caller cancels it.
+
+        `request` names the request: one with the same number is the same one again.
+        """
+        raise OSError(errno.EINVAL, "not open for reading")
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """Take `data`; returns how many bytes were taken."""
+        raise OSError(errno.EINVAL, "not open for writing")
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """The events that hold now, as poll(2) names them; `notify` is called when that changes."""
+        return select.POLLIN | select.POLLOUT
+
+    def release(self) -> None:
+        """The last descriptor of it was closed."""
+
+
+class Watchers:
+    """Who is to be told once when something changes, and how often it has."""
+
+    __slots__ = ("_waiting", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._waiting: list[Callable[[], None]] = []
+
+    def add(self, notify: Callable[[], None]) -> None:
+        """Call `notify` at the next change."""
+        self._waiting.append(notify)
+
+    def tell(self) -> None:
+        """Something has changed."""
+        self.version += 1
+        waiting, self._waiting = self._waiting, []
+        for notify in waiting:
+            notify()
+
+
+Show = Callable[..., "str | bytes | Awaitable[str | bytes]"]
+"""(face), and the key of an entry that comes and goes."""
+Store = Callable[[Any, str, Caller], "Awaitable[None] | None"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Entry:
+    """What every row of a table has: its name, its flags, its kind and mode."""
+
+    name: str = field(kw_only=False)
+    flags: Flags = Flags.NONE
+    mode: int = 0
+    """File type and permissions, as in st_mode; 0 lets the kind of entry decide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attribute(Entry):
+    """A control file."""
+
+    show: Show | None = None
+    store: Store | None = None
+    stream: Callable[..., OpenFile] | None = None
+    truncate: Callable[[Any, Caller], None] | None = None
+    watch: Callable[[Any], Watchers] | None = None
+    """Where its changes are told: poll(2) then gives POLLPRI as it does for cgroup.events."""
+    mtime: Callable[[Any], int] | None = None
+    """The time of the last change in ns, for files that tail(1) follows."""
+
+    def __post_init__(self) -> None:
+        if not self.mode:
+            mode = (0o444 if self.show else 0) | (0o200 if self.store else 0)
+            object.__setattr__(self, "mode", mode)
+        if not stat.S_IFMT(self.mode):
+            object.__setattr__(self, "mode", self.mode | stat.S_IFREG)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Link(Entry):
+    """A symbolic link."""
+
+    target: Callable[[Any], str | Awaitable[str]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", stat.S_IFLNK | 0o777)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Directory(Entry):
+    """A directory: `entries` are always there; the rest is for what comes and goes.
+
+    `names(face)` gives `(name, key)` pairs; `find(face, name)` one key, or raises
+    FileNotFoundError.  Each such entry is of the kind `member` (a row of a table), and `key` (an
+    integer below 2**32) is what tells one from another.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    names: Callable[[Any], Iterable[tuple[str, int]]] | None = None
+    find: Callable[[Any, str, Caller], int] | None = None
+    member: Entry | None = None
+    link: Callable[..., Awaitable[Any]] | None = None
+    """link(2) into it: (face, new name, source face, source entry, source key, caller)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", stat.S_IFDIR | (self.mode & 0o7777 or 0o755))
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def invalid(about: str) -> OSError:
+    """EINVAL: the syntax of a value is wrong."""
+    return OSError(errno.EINVAL, f"invalid value: {about}")
+
+
+def out_of_range(about: str) -> OSError:
+    """ERANGE: the syntax is right, the value is not one that can be."""
+    return OSError(errno.ERANGE, f"value out of range: {about}")
+
+
+def parse_int(text: str, low: int, high: int) -> int:
+    """One decimal number; EINVAL when it is none, ERANGE when it is below `low` or above `high`."""
+    word = text.strip()
+    if not (word.isascii() and word.removeprefix("-").isdigit()):
+        raise invalid(text)
+    value = int(word)
+    if not low <= value <= high:
+        raise out_of_range(text)
+    return value
+
+
+def parse_bool(text: str) -> bool:
+    """0 or 1, as cgroup.freeze takes them."""
+    return bool(parse_int(text, 0, 1))
+
+
+def parse_words(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Words separated by blanks or commas, each one of `known`, none twice."""
+    allowed = set(known)
+    words = tuple(text.replace(",", " ").split())
+    if len(set(words)) != len(words) or not allowed.issuperset(words):
+        raise invalid(text)
+    return words
+
+
+def flat_keyed(values: Mapping[str, object] | Iterable[tuple[str, object]]) -> str:
+    """`KEY VALUE` lines."""
+    pairs = values.items() if isinstance(values, Mapping) else values
+    return "".join(f"{key} {value}\n" for key, value in pairs)
+
+
+def lines(values: Iterable[object]) -> str:
+    """One value a line."""
+    return "".join(f"{value}\n" for value in values)
+
+
+def one_line(text: str) -> str:
+    """A name as one word of a line: control characters, blanks and backslashes as \\ooo, as in
+    /proc/mounts (getmntent(3))."""
+    return (
+        "".join(
+            f"\\{byte:03o}" if byte <= 32 or byte in (92, 127) else chr(byte)
+            for byte in os.fsencode(text)
+        )
+        .encode("latin-1")
+        .decode("utf-8", "surrogateescape")
+    )
+
+
+def unescape(word: str) -> str:
+    """The inverse of `one_line`."""
+    out = bytearray()
+    raw = os.fsencode(word)
+    index = 0
+    while index < len(raw):
+        octal = raw[index + 1 : index + 4]
+        if raw[index] == 92 and len(octal) == 3 and all(48 <= d <= 55 for d in octal):
+            value = int(octal, 8)
+            if value > 255:
+                raise invalid(word)
+            out.append(value)
+            index += 4
+        else:
+            out.append(raw[index])
+            index += 1
+    return os.fsdecode(bytes(out))

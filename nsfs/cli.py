@@ -1,0 +1,246 @@
+"""The command nsfs(8): mount, umount, status, log."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from nsfs import config, graft
+from nsfs.cgroup import Hierarchies
+
+RUN_DIR = "/run/nsfs"
+CGROUP = "nsfs"
+LIBEXEC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libexec")
+
+
+class Refused(Exception):
+    """What nsfs cannot do here, in one sentence that says what to do."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="nsfs", description="Containers as directories; see nsfs(8) and nsfs(5)."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    mount = commands.add_parser("mount", help="serve a tree")
+    mount.add_argument("dir", nargs="?", metavar="DIR", help="default: /sys/namespaces")
+    mount.add_argument("--run-dir", metavar="DIR", help=f"state; default: {RUN_DIR}")
+    mount.add_argument("--cgroup", metavar="NAME", help=f"default: {CGROUP}")
+    mount.add_argument("--config", metavar="FILE", help=f"default: {config.PATH}")
+    mount.add_argument("--no-graft", action="store_true", help="leave /sys alone")
+    mount.add_argument("--foreground", action="store_true", help="do not go to the background")
+    mount.set_defaults(run=do_mount)
+    umount = commands.add_parser("umount", help="end an instance")
+    umount.add_argument("dir", nargs="?", metavar="DIR")
+    umount.add_argument("--kill", action="store_true", help="kill the containers that there are")
+    umount.set_defaults(run=do_umount)
+    status = commands.add_parser("status", help="what is served where, and with what")
+    status.add_argument("dir", nargs="?", metavar="DIR")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(run=do_status)
+    log = commands.add_parser("log", help="what the supervisor and the daemon have logged")
+    log.add_argument("dir", nargs="?", metavar="DIR")
+    log.set_defaults(run=do_log)
+    return top
+
+
+def check_system() -> None:
+    """Refuse what cannot work, before anything is changed."""
+    if os.geteuid() != 0:
+        raise Refused("only root can mount: run it with sudo")
+    if not os.path.exists("/dev/fuse"):
+        with contextlib.suppress(OSError):
+            subprocess.run(["modprobe", "fuse"], check=False, stderr=subprocess.DEVNULL)
+        if not os.path.exists("/dev/fuse"):
+            raise Refused(
+                "there is no /dev/fuse: load the module fuse, or use a kernel that has it"
+            )
+    try:
+        hierarchies = Hierarchies.detect()
+    except FileNotFoundError as error:
+        raise Refused(str(error.strerror)) from None
+    # The root group has no cgroup.kill of its own; any other would, so ask for a kernel that has
+    # groups' events.
+    if not os.path.exists(f"{hierarchies.v2}/cgroup.procs"):
+        raise Refused(f"{hierarchies.v2} is no usable cgroup2 mount: mount it anew")
+    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"):
+        if not os.path.exists(f"/proc/self/ns/{kind}"):
+            raise Refused(f"this kernel has no {kind} namespaces: use Linux 5.14 or later")
+    for name in ("nsfs-supervisor", "nsfs-spawner", "nsfs-init", "nsfs-interposer.so"):
+        if not os.path.exists(f"{LIBEXEC}/{name}"):
+            raise Refused(f"{name} was not built: run scripts/setup")
+
+
+def do_mount(args: argparse.Namespace) -> int:
+    """Serve a tree; returns when it is served (or, in the foreground, when it ends)."""
+    check_system()
+    settings = config.load(Path(args.config) if args.config else None)
+    run_dir = os.path.abspath(args.run_dir or RUN_DIR)
+    directory = os.path.abspath(args.dir or str(settings.mount.dir))
+    if directory == "/sys/namespaces" and (args.no_graft or not settings.mount.graft):
+        directory = f"{run_dir}/tree"
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    os.chmod(run_dir, 0o700)
+    lock_fd = os.open(f"{run_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"another instance is using {run_dir}: choose another --run-dir") from None
+    if graft.served(directory) is not None:
+        raise Refused(f"a tree is served at {directory} already: nsfs status tells more")
+    unmount: list[str] = []
+    if graft.needed(directory):
+        unmount = graft.graft(directory, run_dir)
+    elif directory.startswith(run_dir):
+        os.makedirs(directory, exist_ok=True)
+    command = [f"{LIBEXEC}/nsfs-supervisor", "--dir", directory, "--run-dir", run_dir]
+    for path in unmount:
+        command += ["--unmount", path]
+    if args.foreground:
+        command.append("--foreground")
+    command += ["--", sys.executable, "-P", "-m", "nsfs.daemon"]
+    command += ["--dir", directory, "--run-dir", run_dir, "--cgroup", args.cgroup or CGROUP]
+    if args.config:
+        command += ["--config", os.path.abspath(args.config)]
+    # The supervisor keeps the lock for as long as it lives.
+    os.set_inheritable(lock_fd, True)
+    if args.foreground:
+        os.execv(command[0], command)
+    result = subprocess.run(command, check=False, close_fds=False)
+    if result.returncode:
+        raise Refused(f"{directory} cannot be served: {last_words(run_dir)}")
+    return 0
+
+
+def last_words(run_dir: str) -> str:
+    """The last line of an instance's log."""
+    try:
+        with open(f"{run_dir}/log", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return "no log was written"
+    errors = [line for line in lines if " ERROR " in line]
+    return (errors or lines or ["the log is empty"])[-1]
+
+
+def instance(directory: str | None) -> tuple[str, str]:
+    """The mount point and run directory of the instance meant; Refused when there is none."""
+    wanted = os.path.abspath(directory) if directory else None
+    candidates = [wanted] if wanted else [str(config.load(None).mount.dir), f"{RUN_DIR}/tree"]
+    for each in candidates:
+        run_dir = graft.served(each)
+        if run_dir:
+            return each, run_dir
+    raise Refused(f"no tree is served at {candidates[0]}: nsfs mount serves one")
+
+
+def ask(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
+    """Ask a daemon; it may just be being started again, so wait a little for it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(10)
+        connection.connect(f"{run_dir}/control")
+        connection.send(json.dumps(question).encode())
+        answer: dict[str, Any] = json.loads(connection.recv(1 << 20))
+        return answer
+
+
+def read_pid(run_dir: str, name: str) -> int:
+    """The PID in one of the run directory's files; 0 when there is none."""
+    try:
+        with open(f"{run_dir}/{name}.pid", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def do_umount(args: argparse.Namespace) -> int:
+    """End an instance; refused while there are containers, unless told to kill them."""
+    directory, run_dir = instance(args.dir)
+    supervisor = read_pid(run_dir, "supervisor")
+    try:
+        pid_fd = os.pidfd_open(supervisor)
+    except OSError:
+        raise Refused(f"the supervisor of {directory} is gone: umount -l {directory}") from None
+    answer = ask(run_dir, {"do": "umount", "kill": args.kill})
+    if answer.get("error") == "busy":
+        count = answer["containers"]
+        noun = "container" if count == 1 else "containers"
+        raise Refused(f"{directory} has {count} {noun}: remove them, or use --kill")
+    import select
+
+    poll = select.poll()
+    poll.register(pid_fd, select.POLLIN)
+    if not poll.poll(60_000):
+        raise Refused(f"{directory} does not end: see {run_dir}/log")
+    return 0
+
+
+def do_status(args: argparse.Namespace) -> int:
+    """Print what is served where."""
+    directory, run_dir = instance(args.dir)
+    facts: dict[str, Any] = {
+        "dir": directory,
+        "run_dir": run_dir,
+        "supervisor": read_pid(run_dir, "supervisor"),
+        "daemon": read_pid(run_dir, "daemon"),
+    }
+    with contextlib.suppress(OSError):
+        facts.update(ask(run_dir, {"do": "status"}))
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            for name, one in value.items():
+                text = " ".join(one) or "-" if isinstance(one, list) else _word(one)
+                print(f"{key}.{name} {text}")
+        else:
+            print(f"{key} {value}")
+    return 0
+
+
+def do_log(args: argparse.Namespace) -> int:
+    """Print the log of an instance."""
+    _, run_dir = instance(args.dir)
+    with open(f"{run_dir}/log", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            sys.stdout.write(line)
+    return 0
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except Refused as error:
+        print(f"nsfs: {error}", file=sys.stderr)
+    except config.ConfigError as error:
+        print(f"nsfs: {error}", file=sys.stderr)
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        print(f"nsfs: {about}{error.strerror or error}", file=sys.stderr)
+        if error.errno == errno.EPERM:
+            print("nsfs: is this a container without CAP_SYS_ADMIN?", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""The tree of containers: what each one is, its faces, its record.
+
+A *container* has a parent, children, a construction (`Build`), an init and its groups.  A *face* is
+a container as one viewpoint shows it, a *viewpoint* being a container whose members look (0, the
+root, is the host).  PIDs, owners and modes belong to the face, so they never depend on who asks and
+the kernel may cache them.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from nsfs import idmap, namespaces
+from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers
+from nsfs.bytelog import ByteLog
+from nsfs.cgroup import Group
+from nsfs.logstream import Log
+
+if TYPE_CHECKING:
+    from nsfs.world import World
+
+ROOT = 0
+"""The number of the root container and of its face."""
+HOSTNAME_MAX = 64
+
+
+class Phase(enum.Enum):
+    """Where a container is in its life."""
+
+    MAKING = "making"
+    RUNNING = "running"
+    DEAD = "dead"
+    """Its init has ended; the name and the log stay until it is removed."""
+    GONE = "gone"
+    """Removed from the tree; the last of its processes may still be on their way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How a container is built: what `defaults/` gives to a child and its own files can change.
+
+    `rootfs` is a path, or "host" for the parent's root filesystem alone; `idmap` is "auto", "host"
+    or lines of a map; `binds` are lines (target, source, "ro" or "rw"); `limits` are cgroup v2's
+    names.
+    """
+
+    unshare: tuple[str, ...] = (*namespaces.SORTED, namespaces.SYSLOG)
+    rootfs: str = "host"
+    idmap: str = "auto"
+    binds: tuple[tuple[str, str, str], ...] = ()
+    network: str = "none"
+    limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
+
+    @property
+    def types(self) -> frozenset[str]:
+        """The kernel's namespace types that it gets of its own."""
+        own = set(self.unshare)
+        if self.network == "host":
+            own.discard("net")
+        return frozenset(own & namespaces.ALL)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Build:
+        """The inverse of `record`."""
+        return cls(
+            unshare=tuple(record["unshare"]),
+            rootfs=record["rootfs"],
+            idmap=record["idmap"],
+            binds=tuple((t, s, m) for t, s, m in record["binds"]),
+            network=record["network"],
+            limits=tuple((k, v) for k, v in record["limits"]),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can have it."""
+        return asdict(self)
+
+
+BUILD_FIELDS = tuple(Build.__dataclass_fields__)
+
+
+class Face:
+    """A container as one viewpoint shows it.  `number` is the upper part of its inodes' numbers."""
+
+    __slots__ = ("__weakref__", "container", "number", "viewpoint")
+
+    def __init__(self, number: int, viewpoint: Container, container: Container) -> None:
+        self.number = number
+        self.viewpoint = viewpoint
+        self.container = container
+
+    @property
+    def world(self) -> World:
+        """The world that it is part of."""
+        return self.container.world
+
+    @property
+    def inner(self) -> bool:
+        """Whether this is a container's own view of itself."""
+        return self.viewpoint is self.container and self.container.parent is not None
+
+    def has(self, entry: Entry) -> bool:
+        """Whether the entry makes sense here."""
+        return NOT_ON_ROOT not in entry.flags or self.container.parent is not None
+
+    def owner(self, entry: Entry | None, number: int = 0) -> tuple[int, int]:
+        """The host IDs of the owner of an entry (with its number); None asks for the directory
+        itself.
+
+        From inside, everything is its root's.  From outside, what contains the container is the
+        parent's to change, the rest is its own owner's.
+        """
+        container = self.container
+        if self.inner:
+            return container.root_uid, container.root_gid
+        override = container.overrides.get(number)
+        if override is not None:
+            return override[1], override[2]
+        if entry is not None and PARENTS in entry.flags and container.parent is not None:
+            return container.parent.owner_of_children()
+        return container.uid, container.gid
+
+    def mode(self, entry: Entry, number: int = 0) -> int:
+        """st_mode of an entry, which has that number."""
+        override = None if self.inner else self.container.overrides.get(number)
+        mode = entry.mode if override is None else stat.S_IFMT(entry.mode) | override[0]
+        if self.inner and PARENTS in entry.flags and not stat.S_ISDIR(mode):
+            mode &= ~0o222
+        return mode
+
+    def directory_mode(self) -> int:
+        """st_mode of the container's directory."""
+        return stat.S_IFDIR | (0o755 if self.inner else self.container.mode)
+
+    def of(self, container: Container) -> Face:
+        """Another container as the same viewpoint shows it."""
+        return self.world.face(self.viewpoint, container)
+
+    def path_to(self, other: Container) -> str:
+        """The relative path from this container's directory to another's."""
+        up: list[Container] = list(self.container.lineage())
+        down: list[str] = []
+        each: Container | None = other
+        while each is not None and each not in up:
+            down.append(each.name)
+            each = each.parent
+        steps = up.index(each) if each is not None else 0
+        return "/".join([".."] * steps + down[::-1]) or "."
+
+
+@dataclass(eq=False, slots=True)
+class Container:
+    """One container; the root container, which is the host, has no parent."""
+
+    world: World
+    number: int
+    name: str
+    parent: Container | None
+    group: Group
+    build: Build = field(default_factory=Build)
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o755
+    defaults: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Number of an entry to mode, owner and group, where chmod(2) or chown(2) set them."""
+    phase: Phase = Phase.MAKING
+    init_pid: int = 0
+    map: idmap.Map = idmap.HOST
+    """Its user namespace's map in the host's IDs."""
+    slice: int = 0
+    """Which slice of its parent's IDs it has; 0: the parent's own range, or one of the host's."""
+    range: int | None = None
+    """The start of the host's range that was set aside for it."""
+    request: int = 0
+    """The FUSE request that made it, by which a repeated one is recognised."""
+    since: float = 0.0
+    reason: str = ""
+    children: dict[str, Container] = field(default_factory=dict)
+    faces: dict[int, int] = field(default_factory=dict)
+    """Viewpoint's number to face's number."""
+    dying: bool = False
+    busy: bool = False
+    """It is being rebuilt."""
+    changed: Watchers = field(default_factory=Watchers)
+    own_log: Log | None = None
+    log_changed_ns: int = 0
+    """When its log last changed through this daemon, in ns since the Epoch."""
+    own_output: ByteLog | None = None
+
+    @property
+    def root_uid(self) -> int:
+        """The host's ID of its root; the overflow ID when its map has none."""
+        found = idmap.to_outside(self.map, 0)
+        return 65534 if found is None else found
+
+    @property
+    def root_gid(self) -> int:
+        """The same for groups: the map serves both."""
+        return self.root_uid
+
+    def owner_of_children(self) -> tuple[int, int]:
+        """Who changes what contains a child: the owner of this directory."""
+        return self.uid, self.gid
+
+    def lineage(self) -> Iterator[Container]:
+        """Itself, its parent, and so on to the root."""
+        each: Container | None = self
+        while each is not None:
+            yield each
+            each = each.parent
+
+    def descendants(self) -> Iterator[Container]:
+        """All that are nested in it, parents before children."""
+        for child in list(self.children.values()):
+            yield child
+            yield from child.descendants()
+
+    def own(self, kind: str) -> bool:
+        """Whether it has a namespace of that type of its own."""
+        if self.parent is None:
+            return True
+        if kind == namespaces.SYSLOG:
+            return kind in self.build.unshare
+        return kind in self.build.types
+
+    def holder(self, kind: str) -> Container:
+        """The container whose namespace of that type it is in: itself or an ancestor."""
+        return next(each for each in self.lineage() if each.own(kind))
+
+    def default(self, name: str) -> Any:
+        """What a child gets for a part of its construction: its own word or an ancestor's."""
+        for each in self.lineage():
+            if name in each.defaults:
+                return each.defaults[name]
+        return getattr(Build(), name)
+
+    def child_build(self) -> Build:
+        """How a child of it is built."""
+        return replace(Build(), **{name: self.default(name) for name in BUILD_FIELDS})
+
+    def alive(self) -> bool:
+        """Whether there is an init to work with."""
+        return self.parent is None or self.phase is Phase.RUNNING
+
+    def check_alive(self) -> None:
+        """ENODEV when it is dead."""
+        if not self.alive():
+            raise OSError(errno.ENODEV, "the container is dead", self.name)
+
+    def populated(self) -> bool:
+        """Whether it has a member besides its init, nested containers aside."""
+        return bool(self.group.events("payload")["populated"])
+
+    def check_idle(self) -> None:
+        """EBUSY unless it has no child and no member but the init."""
+        if self.children or self.populated() or self.busy:
+            raise OSError(errno.EBUSY, "the container is not idle", self.name)
+
+    @property
+    def log(self) -> Log:
+        """Its kernel log; an ancestor's where it shares that."""
+        owner = self.holder(namespaces.SYSLOG)
+        if owner.own_log is None:
+            owner.own_log = self.world.open_log(owner)
+        return owner.own_log
+
+    @property
+    def output(self) -> ByteLog:
+        """What the commands of its `exec` printed."""
+        if self.own_output is None:
+            self.own_output = self.world.open_output(self)
+        return self.own_output
+
+    def tell(self) -> None:
+        """Its state has changed, and so the state of all that it is in."""
+        for each in self.lineage():
+            each.changed.tell()
+
+    # --- the record ---
+
+    def save(self) -> None:
+        """Write the record; what it says is done only afterwards."""
+        self.world.store.save(
+            self.number,
+            {
+                "name": self.name,
+                "parent": None if self.parent is None else self.parent.number,
+                "build": self.build.record(),
+                "owner": [self.uid, self.gid, self.mode],
+                "defaults": self.defaults,
+                "overrides": self.overrides,
+                "phase": self.phase.value,
+                "init": self.init_pid,
+                "map": self.map,
+                "slice": self.slice,
+                "range": self.range,
+                "request": self.request,
+                "since": self.since,
+                "faces": self.faces,
+            },
+        )
+
+    @classmethod
+    def from_record(
+        cls, world: World, number: int, parent: Container, record: dict[str, Any]
+    ) -> Container:
+        """The inverse of `save`."""
+        each = cls(
+            world=world,
+            number=number,
+            name=record["name"],
+            parent=parent,
+            group=parent.group.child(number),
+        )
+        each.restore(record)
+        return each
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take over what a record says, but for name and parent."""
+        defaults = dict(record["defaults"])
+        for name in ("unshare",):
+            if name in defaults:
+                defaults[name] = tuple(defaults[name])
+        for name in ("binds", "limits"):
+            if name in defaults:
+                defaults[name] = tuple(tuple(line) for line in defaults[name])
+        self.build = Build.from_record(record["build"])
+        self.uid, self.gid, self.mode = record["owner"]
+        self.defaults = defaults
+        self.overrides = {int(k): (m, u, g) for k, (m, u, g) in record["overrides"].items()}
+        self.phase = Phase(record["phase"])
+        self.init_pid = record["init"]
+        self.map = tuple((i, o, n) for i, o, n in record["map"])
+        self.slice = record["slice"]
+        self.range = record["range"]
+        self.request = record["request"]
+        self.since = record["since"]
+        self.faces = {int(k): v for k, v in record["faces"].items()}
+
+
+def check_name(name: str) -> None:
+    """EINVAL for a name that no container can have: empty, control characters, no UTF-8."""
+    if not name or name in (".", "..") or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise OSError(errno.EINVAL, "not a name for a container", name)
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EINVAL, "not a name for a container", ascii(name)) from error
+    if len(raw) > 255:
+        raise OSError(errno.ENAMETOOLONG, "name too long", name)
+
+
+def reserved(name: str) -> bool:
+    """Whether nsfs keeps the name for itself, control files aside."""
+    return (
+        name == ".f"
+        or name.startswith("nsfs.")
+        or (name.startswith("unnamed") and name[7:].isdigit())
+    )
+
+
+def overflow_hostname(name: str) -> str:
+    """A container's hostname: its name, cut to what sethostname(2) takes (64 bytes)."""
+    return os.fsencode(name)[:HOSTNAME_MAX].decode("utf-8", "ignore")

@@ -1,0 +1,476 @@
+/*
+ * nsfs-interposer.so - stands between libfuse and /dev/fuse in the daemon.
+ *
+ * Preloaded into it by the supervisor.  It replaces one function, fuse_session_mount(), and only for
+ * the descriptor that the supervisor handed down: the session is given a read and a writev of its own
+ * by fuse_session_custom_io(3).  (Without a splice of its own libfuse uses none.)  They
+ *
+ *   - record each request in the memfd that the supervisor keeps (inflight.h) and hand what an
+ *     earlier daemon left unanswered to this one;
+ *   - say which request is being dispatched, which pyfuse3 hides;
+ *   - pass each INTERRUPT, which pyfuse3 ignores, to the event loop through a pipe.
+ *
+ * Why no request is lost or done twice.  The kernel copies a request into the landing; it is recorded
+ * in a slot before the landing is declared free, and the slot is freed only after the reply was
+ * written.  So a daemon killed at any instant leaves each unanswered request in the landing or in a
+ * slot.  It may leave an answered one too: the next daemon asks the kernel about each (is_waiting).
+ * The landing is kept in memory: the kernel fails a request with EIO if it meets a page that is not
+ * there while a SIGKILL is pending.
+ *
+ * Requests are read and answered by one thread, as pyfuse3 does; notifications come from any thread.
+ *
+ * Sources: fuse(4), linux/fuse.h, fs/fuse/dev.c (fuse_dev_do_read, fuse_dev_do_write).
+ */
+#define _GNU_SOURCE
+#define FUSE_USE_VERSION 312
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse3/fuse_lowlevel.h>
+#include <link.h>
+#include <linux/fuse.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "inflight.h"
+
+#define NO_SLOT UINT16_MAX
+_Static_assert(INFLIGHT_SLOTS <= NO_SLOT, "slots are numbered by uint16_t");
+_Static_assert((INFLIGHT_SLOTS & (INFLIGHT_SLOTS - 1)) == 0, "bucket_of() masks");
+
+static uint8_t *base;			/* the memfd, mapped */
+static struct inflight_head *head;	/* NULL: not attached */
+static uint32_t *used;			/* by slot: bytes recorded in it, 0: free */
+static int session_fd = -1;		/* what the event loop waits on; the device, once all is replayed */
+static int device_fd = -1;		/* always the device */
+static int interrupt_fd = -1;
+
+static uint16_t free_slots[INFLIGHT_SLOTS];	/* a stack, so that few pages are ever touched */
+static unsigned free_count;
+static uint16_t bucket[INFLIGHT_SLOTS], chain[INFLIGHT_SLOTS];	/* slots by unique */
+
+static bool init_due;			/* libfuse has to be given the stored INIT */
+static uint16_t replay[INFLIGHT_SLOTS];	/* slots to hand out, oldest first */
+static unsigned replay_count, replay_next;
+
+static struct fuse_in_header *slot_at(unsigned slot)
+{
+	return (void *)(base + INFLIGHT_FIRST_SLOT + (size_t)slot * INFLIGHT_SLOT_BYTES);
+}
+
+static struct fuse_in_header *landing(void)
+{
+	return (void *)(base + INFLIGHT_LANDING);
+}
+
+/* The next daemon relies on what was stored before this being there as well. */
+static void store(uint32_t *where, uint32_t value)
+{
+	__atomic_store_n(where, value, __ATOMIC_RELEASE);
+}
+
+/* The kernel's uniques are consecutive even numbers. */
+static uint16_t *bucket_of(uint64_t unique)
+{
+	return &bucket[(unique >> 1) & (INFLIGHT_SLOTS - 1)];
+}
+
+/* Where the number of the slot that holds unique is linked; NO_SLOT is linked there if none does. */
+static uint16_t *find(uint64_t unique)
+{
+	uint16_t *link = bucket_of(unique);
+
+	while (*link != NO_SLOT && slot_at(*link)->unique != unique)
+		link = &chain[*link];
+	return link;
+}
+
+static void add(uint16_t slot)
+{
+	uint16_t *link = bucket_of(slot_at(slot)->unique);
+
+	chain[slot] = *link;
+	*link = slot;
+}
+
+/* False if too few slots are free for such a request. */
+static bool record(const struct fuse_in_header *in)
+{
+	unsigned reserve = in->opcode == FUSE_READ ? INFLIGHT_RESERVE : 0;
+	uint16_t slot;
+
+	if (free_count <= reserve)
+		return false;
+	slot = free_slots[--free_count];
+	memcpy(slot_at(slot), in, in->len);
+	store(&used[slot], in->len);
+	add(slot);
+	return true;
+}
+
+/* After its reply was written. */
+static void release(uint64_t unique)
+{
+	uint16_t *link = find(unique), slot = *link;
+
+	if (slot == NO_SLOT)
+		return;
+	*link = chain[slot];
+	store(&used[slot], 0);
+	free_slots[free_count++] = slot;
+}
+
+/* Answer with an error on libfuse's behalf; 0 or an errno. */
+static int reply_error(int fd, uint64_t unique, int error)
+{
+	struct fuse_out_header out = { .len = sizeof(out), .error = -error, .unique = unique };
+
+	return write(fd, &out, sizeof(out)) < 0 ? errno : 0;
+}
+
+/*
+ * Does somebody wait for the answer to this request?  An INTERRUPT has the unique of its target with
+ * bit 0 set, and the answer EAGAIN to it asks the kernel to send it again.  The kernel says ENOENT
+ * when there is no such request any more, EINVAL when it was not interrupted; else the INTERRUPT that
+ * the earlier daemon consumed comes once more, which is wanted too.
+ */
+static bool is_waiting(int fd, uint64_t unique)
+{
+	return reply_error(fd, unique | 1, EAGAIN) != ENOENT;
+}
+
+static bool needs_reply(uint32_t opcode)
+{
+	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT &&
+	       opcode != FUSE_NOTIFY_REPLY;
+}
+
+static int by_unique(const void *left, const void *right)
+{
+	uint64_t a = slot_at(*(const uint16_t *)left)->unique;
+	uint64_t b = slot_at(*(const uint16_t *)right)->unique;
+
+	return (a > b) - (a < b);
+}
+
+/* Build the tables from what the memfd holds. */
+static void take_stock(int fd)
+{
+	struct fuse_in_header *in = landing();
+
+	memset(bucket, 0xff, sizeof(bucket));
+	free_count = replay_count = 0;
+	for (unsigned slot = INFLIGHT_SLOTS; slot-- > 0; ) {
+		if (used[slot] && is_waiting(fd, slot_at(slot)->unique)) {
+			add((uint16_t)slot);
+		} else {
+			store(&used[slot], 0);
+			free_slots[free_count++] = (uint16_t)slot;
+		}
+	}
+	/* Killed in the midst of record(): the landing may hold what a slot holds as well. */
+	if (in->len && in->opcode == FUSE_INIT && !head->init_bytes) {
+		memcpy(head->init, in, in->len);
+		store(&head->init_bytes, in->len);
+	} else if (in->len && needs_reply(in->opcode) && in->opcode != FUSE_INIT &&
+		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique) && !record(in)) {
+		reply_error(fd, in->unique, EBUSY);
+	}
+	store(&in->len, 0);
+	/* What several daemons in turn died of at once must not end the filesystem for all. */
+	if (head->crashes >= 3 && *find(head->current.unique) != NO_SLOT) {
+		reply_error(fd, head->current.unique, EIO);
+		release(head->current.unique);
+	}
+	for (unsigned slot = 0; slot < INFLIGHT_SLOTS; slot++)
+		if (used[slot])
+			replay[replay_count++] = (uint16_t)slot;
+	qsort(replay, replay_count, sizeof(replay[0]), by_unique);
+	init_due = head->init_bytes != 0;
+	head->takeover = init_due && !is_waiting(fd, ((struct fuse_in_header *)head->init)->unique);
+}
+
+static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool replayed,
+			 void *buffer, size_t size)
+{
+	if (bytes > size) {
+		reply_error(device_fd, in->unique, EIO);
+		release(in->unique);
+		errno = EINTR;
+		return -1;
+	}
+	memcpy(buffer, in, bytes);
+	head->current = (struct inflight_request){
+		.unique = in->unique, .nodeid = in->nodeid, .opcode = in->opcode,
+		.pid = in->pid, .uid = in->uid, .gid = in->gid, .replayed = replayed,
+	};
+	return (ssize_t)bytes;
+}
+
+/*
+ * Without FUSE_MAX_PAGES libfuse allocates 132 KiB for each request instead of a megabyte, and the
+ * kernel sends 128 KiB at most.
+ */
+static ssize_t hand_over_init(void *buffer, size_t size)
+{
+	struct fuse_in_header *in = (void *)head->init;
+	ssize_t bytes = hand_over(in, head->init_bytes, head->takeover, buffer, size);
+
+	if (bytes >= (ssize_t)(sizeof(*in) + offsetof(struct fuse_init_in, flags2)))
+		((struct fuse_init_in *)((uint8_t *)buffer + sizeof(*in)))->flags &= ~(uint32_t)FUSE_MAX_PAGES;
+	return bytes;
+}
+
+/*
+ * Should the pipe be full the kernel is asked to send the INTERRUPT again, which it does at once and
+ * before any other request: so only an event loop that does not read the pipe at all is kept busy.
+ */
+static void pass_interrupt(const struct fuse_in_header *in)
+{
+	uint64_t target = ((const struct fuse_interrupt_in *)(in + 1))->unique;
+
+	if (*find(target) == NO_SLOT)
+		return;				/* was answered meanwhile */
+	if (write(interrupt_fd, &target, sizeof(target)) != sizeof(target))
+		reply_error(device_fd, in->unique, EAGAIN);
+}
+
+/* pyfuse3 takes EINTR, and no other error, to mean that it shall wait for the next request. */
+static ssize_t nothing(void)
+{
+	store(&landing()->len, 0);
+	errno = EINTR;
+	return -1;
+}
+
+static ssize_t read_device(void *buffer, size_t size)
+{
+	struct fuse_in_header *in = landing();
+	ssize_t bytes = read(device_fd, in, INFLIGHT_SLOT_BYTES);
+
+	if (bytes < 0) {
+		if (errno == EAGAIN)		/* its caller was killed before it was read */
+			return nothing();
+		store(&in->len, 0);
+		return -1;
+	}
+	if ((size_t)bytes < sizeof(*in) || (size_t)bytes != in->len)
+		return nothing();
+	if (in->opcode == FUSE_INTERRUPT) {
+		pass_interrupt(in);
+		return nothing();
+	}
+	if (in->opcode == FUSE_INIT && in->len <= sizeof(head->init)) {
+		memcpy(head->init, in, in->len);
+		store(&head->init_bytes, in->len);
+		store(&in->len, 0);
+		return hand_over_init(buffer, size);
+	}
+	if (needs_reply(in->opcode) && !record(in)) {
+		reply_error(device_fd, in->unique, EBUSY);
+		return nothing();
+	}
+	bytes = hand_over(in, in->len, false, buffer, size);
+	store(&in->len, 0);
+	return bytes;
+}
+
+/* From here on the event loop waits for the device itself. */
+static void end_replay(void)
+{
+	while (dup3(device_fd, session_fd, O_CLOEXEC) < 0 && (errno == EBUSY || errno == EINTR))
+		;
+}
+
+static ssize_t session_read(int fd, void *buffer, size_t size, void *userdata)
+{
+	ssize_t bytes;
+
+	(void)fd;
+	(void)userdata;
+	if (init_due) {
+		init_due = false;
+		bytes = hand_over_init(buffer, size);
+	} else if (replay_next < replay_count) {
+		uint16_t slot = replay[replay_next++];
+
+		bytes = hand_over(slot_at(slot), used[slot], true, buffer, size);
+	} else {
+		return read_device(buffer, size);
+	}
+	if (replay_next == replay_count)
+		end_replay();
+	return bytes;
+}
+
+/* The kernel must not be allowed to send more in one request than a slot holds. */
+static ssize_t write_init_reply(const struct iovec *iov, int count)
+{
+	struct fuse_init_out limited;
+	struct iovec copy[2];
+
+	if (count != 2 || iov[1].iov_len > sizeof(limited) ||
+	    iov[1].iov_len < offsetof(struct fuse_init_out, time_gran))
+		return writev(device_fd, iov, count);	/* an error, or "another version, please" */
+	memcpy(&limited, iov[1].iov_base, iov[1].iov_len);
+	if (limited.max_write > INFLIGHT_MAX_WRITE)
+		limited.max_write = INFLIGHT_MAX_WRITE;
+	copy[0] = iov[0];
+	copy[1] = (struct iovec){ .iov_base = &limited, .iov_len = iov[1].iov_len };
+	return writev(device_fd, copy, count);
+}
+
+static ssize_t session_writev(int fd, struct iovec *iov, int count, void *userdata)
+{
+	const struct fuse_out_header *out = iov[0].iov_base;
+	const struct fuse_in_header *init = (const void *)head->init;
+	ssize_t bytes;
+	int error;
+
+	(void)fd;
+	(void)userdata;
+	if (out->unique == 0)			/* a notification */
+		return writev(device_fd, iov, count);
+	if (head->init_bytes && out->unique == init->unique)
+		return head->takeover ? (ssize_t)out->len : write_init_reply(iov, count);
+	bytes = writev(device_fd, iov, count);
+	error = errno;
+	if (bytes < 0 && error != ENOENT)	/* libfuse drops it now: its caller must not wait for ever */
+		reply_error(device_fd, out->unique, EIO);
+	release(out->unique);
+	errno = error;
+	return bytes;
+}
+
+/* In the libfuse that the caller was linked with, which need not be the system's; or NULL. */
+static void *libfuse_function(const void *caller, const char *name)
+{
+	void *map = NULL, *function = NULL, *library;
+	Dl_info info;
+
+	if (!dladdr1(caller, &info, &map, RTLD_DL_LINKMAP) || !map)
+		return NULL;
+	library = dlopen(((struct link_map *)map)->l_name, RTLD_LAZY | RTLD_NOLOAD);
+	if (library) {
+		function = dlvsym(library, name, "FUSE_3.0");
+		dlclose(library);	/* it stays loaded, for the caller */
+	}
+	return function;
+}
+
+/* What is to be replayed must wake the event loop, so that waits on something readable until then. */
+static int serve(struct fuse_session *session, const void *caller)
+{
+	static const struct fuse_custom_io io = { .read = session_read, .writev = session_writev };
+	int (*custom_io)(struct fuse_session *, const struct fuse_custom_io *, int) =
+		(int (*)(struct fuse_session *, const struct fuse_custom_io *, int))
+		libfuse_function(caller, "fuse_session_custom_io");
+	int always_fd, error;
+
+	if (!custom_io)
+		return -ENOSYS;
+	device_fd = fcntl(session_fd, F_DUPFD_CLOEXEC, 3);
+	if (device_fd < 0)
+		return -errno;
+	if (init_due) {
+		always_fd = eventfd(1, EFD_CLOEXEC);
+		if (always_fd < 0 || dup3(always_fd, session_fd, O_CLOEXEC) < 0)
+			return -errno;
+		close(always_fd);
+	}
+	error = custom_io(session, &io, session_fd);
+	if (!error)
+		store(&head->serving, (uint32_t)getpid());
+	return error;
+}
+
+__attribute__((visibility("default")))
+int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
+{
+	const void *caller = __builtin_return_address(0);
+	int (*original)(struct fuse_session *, const char *);
+	char path[32];
+	int error;
+
+	snprintf(path, sizeof(path), "/dev/fd/%d", session_fd);
+	if (!head || strcmp(mountpoint, path)) {
+		original = (int (*)(struct fuse_session *, const char *))
+			libfuse_function(caller, "fuse_session_mount");
+		return original ? original(session, mountpoint) : -1;
+	}
+	error = serve(session, caller);
+	if (error)
+		fprintf(stderr, "nsfs-interposer: cannot serve the session: %s\n", strerror(-error));
+	return error ? -1 : 0;
+}
+
+static int descriptor_from(const char *name)
+{
+	const char *value = getenv(name);
+
+	return value ? atoi(value) : -1;
+}
+
+/* An errno, or 0: done. */
+static int attach(int fuse_fd, int inflight_fd)
+{
+	uint32_t magic;
+	int pipe_fds[2];
+	struct stat st;
+	void *map;
+
+	if (fstat(inflight_fd, &st) < 0 || pread(inflight_fd, &magic, sizeof(magic), 0) < 0)
+		return errno;
+	if (st.st_size != (off_t)INFLIGHT_BYTES || magic != INFLIGHT_MAGIC)
+		return EPROTO;		/* a supervisor of another version */
+	map = mmap(NULL, INFLIGHT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, inflight_fd, 0);
+	if (map == MAP_FAILED)
+		return errno;
+	if (pipe2(pipe_fds, O_CLOEXEC | O_NONBLOCK) < 0) {
+		int error = errno;
+
+		munmap(map, INFLIGHT_BYTES);
+		return error;
+	}
+	/* Room for an INTERRUPT of each slot; should that fail, see pass_interrupt(). */
+	(void)fcntl(pipe_fds[1], F_SETPIPE_SZ, (int)(INFLIGHT_SLOTS * sizeof(uint64_t)));
+	base = map;
+	head = map;
+	used = (void *)(base + INFLIGHT_USED);
+	/* Neither is fatal: one small page for each request, and these at the front always there. */
+	(void)madvise(base, INFLIGHT_BYTES, MADV_NOHUGEPAGE);
+	(void)mlock(base, INFLIGHT_FIRST_SLOT);
+	for (size_t at = 0; at < INFLIGHT_FIRST_SLOT; at += 4096)
+		__atomic_fetch_or(&base[at], 0, __ATOMIC_RELAXED);
+	session_fd = fuse_fd;
+	interrupt_fd = pipe_fds[1];
+	head->interrupt_fd = pipe_fds[0];
+	take_stock(fuse_fd);
+	store(&head->attached, (uint32_t)getpid());
+	return 0;
+}
+
+/*
+ * Runs in the process that the supervisor executed, and again in what that executes (env(1), say,
+ * by the daemon's first line); so nothing here is undone or used up by being done twice.
+ */
+__attribute__((constructor))
+static void start(void)
+{
+	int fuse_fd = descriptor_from("NSFS_FUSE_FD"), inflight_fd = descriptor_from("NSFS_INFLIGHT_FD");
+	int error;
+
+	if (fuse_fd < 0 || inflight_fd < 0)
+		return;
+	error = attach(fuse_fd, inflight_fd);
+	if (error)
+		fprintf(stderr, "nsfs-interposer: the memfd of requests in flight: %s\n", strerror(error));
+}

@@ -1,0 +1,168 @@
+/*
+ * What the daemon, the spawner and the inits say to each other.  nsfs/spawner.py has the same in Python.
+ *
+ * Every message is one packet on a SOCK_SEQPACKET socket: a struct, then its variable part, with the
+ * descriptors by SCM_RIGHTS.  Host byte order; both ends come from one build.
+ */
+#ifndef NSFS_PROTOCOL_H
+#define NSFS_PROTOCOL_H
+
+#include <stdint.h>
+
+#define SPAWNER_SOCKET_FD 3
+#define SPAWNER_MESSAGE_MAX 65536	/* bytes */
+#define INIT_MESSAGE_MAX 196608		/* bytes; argv and the environment of a command */
+#define MESSAGE_FDS_MAX 200		/* the kernel's limit is 253 */
+
+/* --- daemon to spawner --- */
+
+enum spawner_op {
+	/* Make a container.  extents: uid_map, then gid_map; strings: hostname, then each bind's target.
+	 * fds: listening socket, ID/init, ID/payload (cgroup directories), `tasks` of each v1 group, the
+	 * root's tree if any, each bind's tree.  Reply: pid. */
+	OP_MAKE = 1,
+	OP_HOSTNAME,		/* pid; reply: text */
+	OP_SET_HOSTNAME,	/* pid, string: the name */
+	OP_TREE,		/* pid, string: a path as pid sees it; reply: fd, a detached clone of the tree there */
+	OP_PIN,			/* pid, strings: namespace type; [path]; target_pid: whose mount namespace; reply: fd when no path */
+	OP_BIND,		/* pid, string: target; fds: a detached tree */
+	OP_UNBIND,		/* pid, string: target */
+	OP_OUTPUT,		/* face; reply: fd, `.f/FACE.output` open for appending */
+	OP_FEATURES,		/* reply: value, enum spawner_feature */
+};
+
+enum spawner_flag {
+	FLAG_FILTER = 1,	/* OP_MAKE: the system-call denylist */
+	FLAG_ROOTFS = 2,	/* OP_MAKE: the root is the tree sent along */
+	FLAG_IDMAP = 4,		/* OP_MAKE: idmap that tree by the new user namespace */
+	FLAG_READ_ONLY = 8,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
+};
+
+enum spawner_feature {
+	FEATURE_IDMAPPED_ROOT = 1,	/* the host's root filesystem shows no IDs: its sockets are out of reach */
+	FEATURE_REMAPPED_ROOT = 2,	/* a root that has an idmap can be given another (Linux 6.15) */
+};
+
+struct map_extent {
+	uint32_t inside, outside, count;
+};
+
+struct spawner_request {
+	uint64_t id;		/* repeated in the reply */
+	uint32_t op;		/* enum spawner_op */
+	uint32_t flags;		/* enum spawner_flag */
+	uint32_t unshare;	/* CLONE_NEW* */
+	uint32_t face;
+	int32_t pid;		/* OP_MAKE: the parent's init, 0 for the host.  Else: the process in question */
+	int32_t target_pid;	/* OP_PIN; 0 for the host */
+	uint32_t owner_uid, owner_gid;	/* the host's IDs */
+	uint32_t uid_extents, gid_extents;
+	uint32_t v1_groups;
+	uint32_t binds;
+	uint64_t read_only;	/* bit n: bind n */
+	uint32_t strings;	/* how many strings, each with its NUL, follow the extents */
+	uint32_t reserved;
+};
+
+#define MAP_EXTENTS_MAX 340	/* user_namespaces(7) */
+#define BINDS_MAX 64
+#define V1_GROUPS_MAX 16
+
+struct spawner_reply {
+	uint64_t id;
+	int32_t error;		/* 0 or -errno */
+	uint32_t step;		/* enum step: what failed */
+	int32_t pid;		/* the host's */
+	uint32_t value;
+	char text[128];
+};
+
+/* The steps of what can fail; the words for them are in nsfs/spawner.py.  Only ever append. */
+enum step {
+	STEP_NONE,
+	STEP_REQUEST,		/* the message is malformed */
+	STEP_LIMIT,		/* memory, descriptors */
+	STEP_CLONE,		/* clone3: limits of processes and namespaces, cgroups */
+	STEP_JOIN,		/* entering the parent's namespaces */
+	STEP_OWNER,		/* the parent's user namespace does not map the owner */
+	STEP_MAP,		/* uid_map, gid_map */
+	STEP_CGROUP,		/* joining v1 groups, the cgroup namespace */
+	STEP_ROOT,		/* the root filesystem's tree */
+	STEP_IDMAP,
+	STEP_FACE,		/* the filesystem's own files */
+	STEP_MOUNT,		/* /proc, /sys, /dev, private directories */
+	STEP_BIND,
+	STEP_PIVOT,
+	STEP_IDENTITY,		/* becoming the container's root */
+	STEP_HOSTNAME,
+	STEP_NET,		/* network namespace, loopback */
+	STEP_FILTER,
+	STEP_EXEC,
+	STEP_DEADLINE,		/* it took too long */
+	STEP_DIED,		/* it was killed */
+	STEP_PROCESS,		/* the process in question is gone */
+	STEP_PATH,
+	STEP_OUTPUT,
+	STEP_STDIO,
+	STEP_DIRECTORY,		/* a command's working directory */
+	STEP_TERMINAL,
+};
+
+/* --- spawner to init, by argv and descriptors --- */
+
+#define INIT_LISTEN_FD 3
+#define INIT_PAYLOAD_FD 4	/* O_PATH of ID/payload */
+#define INIT_READY_FD 5		/* takes one struct init_result, then is closed */
+#define INIT_CGROUP_NS_FD 6	/* the container's cgroup namespace; made by the init */
+
+struct init_result {
+	int32_t error;		/* 0 or -errno */
+	uint32_t step;
+};
+
+/* --- anybody who is root outside to an init, on a connection to RUN/c/ID.sock --- */
+
+enum init_op {
+	/* Start a command; strings: working directory, argv, environment; fds: its descriptors 0, 1, ...
+	 * On this connection comes INIT_STARTED, whose SCM_CREDENTIALS tell the PID; then end-of-file when it
+	 * was executed, or INIT_FAILED. */
+	INIT_EXEC = 1,
+	/* Report how the command `token` ended: INIT_EXITED, as soon as it did; INIT_FAILED with ESRCH for a
+	 * token that is not known (any more). */
+	INIT_WAIT,
+};
+
+enum init_flag {
+	INIT_KEEP_STATUS = 1,	/* remember how it ended until an INIT_WAIT asks */
+	INIT_TERMINAL = 2,	/* descriptor 0 becomes the controlling terminal */
+	INIT_SAME_SESSION = 4,	/* no setsid(2) */
+};
+
+struct init_request {
+	uint32_t op;		/* enum init_op */
+	uint32_t flags;		/* enum init_flag */
+	uint64_t token;		/* the asker's choice, unique for this init */
+	uint32_t uid, gid;	/* inside */
+	uint32_t groups;	/* how many uint32_t gids follow */
+	uint32_t argc, envc;
+	uint32_t reserved;
+};
+
+enum init_reply_op {
+	INIT_STARTED = 1,
+	INIT_FAILED,
+	INIT_EXITED,
+};
+
+struct init_reply {
+	uint32_t op;		/* enum init_reply_op */
+	int32_t error;		/* INIT_FAILED: -errno */
+	uint32_t step;		/* INIT_FAILED */
+	int32_t status;		/* INIT_EXITED: as wait(2) has it */
+};
+
+#define INIT_GROUPS_MAX 64
+#define INIT_FDS_MAX 16
+#define INIT_ARGS_MAX 4096	/* argv and environment together */
+
+#endif

@@ -1,0 +1,1852 @@
+/*
+ * nsfs-spawner - makes containers, and acts in the namespaces of others.
+ *
+ *   nsfs-spawner --tree DIR      DIR: where the filesystem is mounted
+ *
+ * Started as root by the daemon, with a SOCK_SEQPACKET socket as descriptor 3 (protocol.h); ends when
+ * that is closed.  One thread, so setns(2) works; several requests may be under way at once, since whatever
+ * could be slow runs in a child.
+ *
+ * It lives in a mount namespace of its own which has nothing but templates:
+ *   /root        the host's root filesystem alone: read-only, nosuid, nodev, and idmapped by a user namespace
+ *                that maps no ID of the host.  So no file counts as anybody's: all is read as `other`, and
+ *                since nobody may write to an inode without an owner no socket can be connected to either.
+ *   /fuse        the filesystem; nothing in it is looked at before the daemon asks for something
+ *   /dev, /proc, /sys   to bind from, and because a user namespace may mount only what it can already see
+ *   /s           while a container is being cloned: the trees that it shall have
+ * A new container's mount namespace is a copy of these few.  Copying into another user namespace is
+ * also what locks flags like read-only (MNT_LOCK_READONLY): a tree handed over later could be remounted
+ * by the container's root.
+ *
+ * A container is cloned with all its namespaces, its init in the cgroup ID/init, and mounts what it needs in the
+ * copy; then it executes nsfs-init, which says when it is ready.  Not dumpable, and its memory belongs to the initial
+ * user namespace: until then nobody inside or in the parent can trace it either.
+ *
+ * References: namespaces(7), user_namespaces(7), mount_namespaces(7), clone(2), open_tree(2), move_mount(2),
+ * mount_setattr(2), pivot_root(2), seccomp(2), capabilities(7).
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/mount.h>
+#include <linux/openat2.h>
+#include <linux/sched.h>
+#include <linux/seccomp.h>
+#include <linux/securebits.h>
+#include <net/if.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/fsuid.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "protocol.h"
+
+#ifndef __NR_open_tree_attr
+#define __NR_open_tree_attr 467
+#endif
+/* <sys/mount.h> cannot be had together with <linux/mount.h> in glibc 2.36. */
+#ifndef MNT_FORCE
+#define MNT_FORCE 1
+#define MNT_DETACH 2
+#define UMOUNT_NOFOLLOW 8
+#endif
+
+#define JOBS_MAX 64
+#define DEADLINE_MS 30000	/* a child that takes longer hangs in somebody's filesystem */
+#define FIRST_FD 20		/* ours are from here on; below is where an init wants its own */
+#define NOBODY 0xfffffffeU	/* an ID that no file has */
+#define SYS_ENTRIES_MAX 32
+
+enum { OWN_ALL = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID |
+	CLONE_NEWTIME | CLONE_NEWUSER | CLONE_NEWUTS };
+
+/* A request, taken apart. */
+struct request {
+	struct spawner_request head;
+	struct map_extent extents[2 * MAP_EXTENTS_MAX];
+	const char *strings[BINDS_MAX + 1];
+	int fds[MESSAGE_FDS_MAX];
+	size_t fd_count;
+	/* OP_MAKE: which is which */
+	int listen_fd, init_cgroup_fd, payload_fd, rootfs_fd;
+	const int *v1_fds, *bind_fds;
+};
+
+/* A child at work. */
+struct job {
+	bool busy;
+	int pid;		/* OP_MAKE: the host's, of the container's init */
+	int pid_fd;
+	int channel_fd;		/* from it comes a struct init_result */
+	uint64_t id;
+	uint32_t op;
+	int64_t deadline_ms;
+};
+
+/* What a child with our descriptors leaves behind; in memory shared with it. */
+struct left {
+	int value;		/* a descriptor or -errno */
+	uint32_t step;
+};
+
+static int socket_fd = -1, root_fd = -1, proc_fd = -1, signal_fd = -1;
+static int host_mnt_fd = -1, own_mnt_fd = -1, own_uts_fd = -1, nobody_fd = -1;
+static int fuse_fd = -1;
+static uint32_t features;
+static struct job jobs[JOBS_MAX];
+static struct request request;
+static char message[SPAWNER_MESSAGE_MAX];
+static struct left *left;
+static char sys_entries[SYS_ENTRIES_MAX][32];
+static size_t sys_entry_count;
+static ino_t own_user_ino, host_mnt_ino;
+
+/* What is being done: goes with the errno when it fails. */
+static uint32_t step;
+
+/* --- system calls that C libraries lack, or have only since recently --- */
+
+static long call(long result)
+{
+	return result < 0 ? -errno : result;
+}
+
+static int open_tree(int dir_fd, const char *path, unsigned int flags)
+{
+	return (int)call(syscall(SYS_open_tree, dir_fd, path, flags | OPEN_TREE_CLOEXEC));
+}
+
+static int clone_tree(int dir_fd, const char *path)
+{
+	return open_tree(dir_fd, path, OPEN_TREE_CLONE | (*path ? 0 : AT_EMPTY_PATH));
+}
+
+/* Attach a tree; `path` is not followed if it is a symbolic link.  Without a path: on dir_fd itself. */
+static int attach(int tree_fd, int dir_fd, const char *path)
+{
+	return (int)call(syscall(SYS_move_mount, tree_fd, "", dir_fd, path,
+				 MOVE_MOUNT_F_EMPTY_PATH | (*path ? 0 : MOVE_MOUNT_T_EMPTY_PATH)));
+}
+
+static int set_mount(int fd, uint64_t attributes, int userns_fd, bool recursive)
+{
+	struct mount_attr attr = {
+		.attr_set = attributes, .userns_fd = (uint64_t)(unsigned int)userns_fd };
+
+	return (int)call(syscall(SYS_mount_setattr, fd, "", AT_EMPTY_PATH | (recursive ? AT_RECURSIVE : 0),
+				 &attr, sizeof(attr)));
+}
+
+static int bind_path(const char *source, const char *target)
+{
+	return (int)call(syscall(SYS_mount, source, target, NULL, 4096 /* MS_BIND */, NULL));
+}
+
+static int detach(const char *path)
+{
+	return (int)call(syscall(SYS_umount2, path, MNT_DETACH | UMOUNT_NOFOLLOW));
+}
+
+/* A new instance of a filesystem, as a detached mount; options: pairs of key and value, or NULL for a flag. */
+static int new_mount(const char *type, const char *const (*options)[2], unsigned int attributes)
+{
+	int fs_fd = (int)call(syscall(SYS_fsopen, type, 1 /* FSOPEN_CLOEXEC */)), result = 0;
+
+	if (fs_fd < 0)
+		return fs_fd;
+	for (; options && (*options)[0] && result >= 0; options++)
+		result = (int)call(syscall(SYS_fsconfig, fs_fd,
+					   (*options)[1] ? FSCONFIG_SET_STRING : FSCONFIG_SET_FLAG,
+					   (*options)[0], (*options)[1], 0));
+	if (result >= 0)
+		result = (int)call(syscall(SYS_fsconfig, fs_fd, FSCONFIG_CMD_CREATE, NULL, NULL, 0));
+	if (result >= 0)
+		result = (int)call(syscall(SYS_fsmount, fs_fd, 1 /* FSMOUNT_CLOEXEC */, attributes));
+	close(fs_fd);
+	return result;
+}
+
+static int open_in_root(int dir_fd, const char *path, uint64_t flags)
+{
+	struct open_how how = { .flags = flags | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT };
+
+	return (int)call(syscall(SYS_openat2, dir_fd, path, &how, sizeof(how)));
+}
+
+/* Returns 0 in the child, else its PID or -errno.  With pid_fd the parent gets a pidfd and the child signals its end. */
+static int clone_child(uint64_t flags, int cgroup_fd, int *pid_fd)
+{
+	struct clone_args args = {
+		.flags = flags | (cgroup_fd >= 0 ? CLONE_INTO_CGROUP : 0) | (pid_fd ? CLONE_PIDFD : 0),
+		.exit_signal = pid_fd ? SIGCHLD : 0,
+		.cgroup = (uint64_t)(unsigned int)cgroup_fd,
+		.pidfd = (uint64_t)(uintptr_t)pid_fd,
+	};
+
+	return (int)call(syscall(SYS_clone3, &args, sizeof(args)));
+}
+
+/* Raw, since a C library's would look for other threads; -1 leaves an ID as it is. */
+static int set_ids(long real, long effective, long saved, bool groups)
+{
+	return (int)call(syscall(groups ? SYS_setresgid : SYS_setresuid, real, effective, saved));
+}
+
+/* --- small things --- */
+
+static int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static int write_file(int dir_fd, const char *path, const char *text, size_t length)
+{
+	int fd = openat(dir_fd, path, O_WRONLY | O_CLOEXEC), result = 0;
+
+	if (fd < 0)
+		return -errno;
+	if (write(fd, text, length) != (ssize_t)length)
+		result = errno ? -errno : -EIO;
+	close(fd);
+	return result;
+}
+
+/* Kill it if it lives and see it gone, also if somebody else is to reap it. */
+static void end(int pid_fd)
+{
+	struct pollfd polled = { .fd = pid_fd, .events = POLLIN };
+	siginfo_t unused;
+
+	(void)syscall(SYS_pidfd_send_signal, pid_fd, SIGKILL, NULL, 0);
+	while (poll(&polled, 1, -1) < 0)
+		;
+	(void)waitid(P_PIDFD, (id_t)pid_fd, &unused, WEXITED | __WALL);
+	close(pid_fd);
+}
+
+/* Whom a pidfd means, by the number that our /proc has for it. */
+static int pid_of(int pid_fd)
+{
+	char path[48], text[256];
+	const char *line;
+	ssize_t length;
+	int fd;
+
+	snprintf(path, sizeof(path), "self/fdinfo/%d", pid_fd);
+	fd = (int)call(openat(proc_fd, path, O_RDONLY | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	length = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	text[length > 0 ? length : 0] = '\0';
+	line = strstr(text, "\nPid:");
+	/* -1: it is dead. */
+	return line && atoi(line + 5) > 0 ? atoi(line + 5) : -ESRCH;
+}
+
+/* A packet, and a descriptor unless that is -1. */
+static int send_with(int to_fd, void *data, size_t length, int fd)
+{
+	union {
+		char buffer[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = { .buffer = "" };
+	struct iovec iov = { .iov_base = data, .iov_len = length };
+	struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (fd >= 0) {
+		struct cmsghdr *rights = &control.align;
+
+		header.msg_control = control.buffer;
+		header.msg_controllen = sizeof(control.buffer);
+		rights->cmsg_level = SOL_SOCKET;
+		rights->cmsg_type = SCM_RIGHTS;
+		rights->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+	}
+	return sendmsg(to_fd, &header, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+/* /proc/PID/ns/TYPE */
+static int open_ns(pid_t pid, const char *type)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "%d/ns/%s", (int)pid, type);
+	return (int)call(openat(proc_fd, path, O_RDONLY | O_CLOEXEC));
+}
+
+static ino_t ns_ino(pid_t pid, const char *type)
+{
+	struct stat st;
+	char path[64];
+
+	snprintf(path, sizeof(path), "%d/ns/%s", (int)pid, type);
+	return fstatat(proc_fd, path, &st, 0) ? 0 : st.st_ino;
+}
+
+static int open_pid(pid_t pid)
+{
+	int fd = (int)call(syscall(SYS_pidfd_open, pid, 0));
+
+	step = STEP_PROCESS;
+	return fd == -EINVAL ? -ESRCH : fd;
+}
+
+/* Write the maps of a process's new user namespace.  To be called in the parent user namespace. */
+static int write_maps(int pid_fd)
+{
+	static char text[MAP_EXTENTS_MAX * 36];
+	const struct map_extent *extent = request.extents;
+	static const char *const files[] = { "uid_map", "gid_map" };
+	const uint32_t counts[] = { request.head.uid_extents, request.head.gid_extents };
+	char path[64];
+	int pid = pid_of(pid_fd);
+
+	step = STEP_MAP;
+	if (pid < 0)
+		return pid;
+	for (int i = 0; i < 2; i++) {
+		size_t length = 0;
+		int result;
+
+		for (uint32_t n = 0; n < counts[i]; n++, extent++)
+			length += (size_t)snprintf(text + length, sizeof(text) - length, "%u %u %u\n",
+						   extent->inside, extent->outside, extent->count);
+		snprintf(path, sizeof(path), "%d/%s", pid, files[i]);
+		result = length ? write_file(proc_fd, path, text, length) : 0;
+		if (result)
+			return result;
+	}
+	return 0;
+}
+
+/* Whether the container's map has this ID inside. */
+static bool gid_mapped(uint32_t id)
+{
+	const struct map_extent *extent = request.extents + request.head.uid_extents;
+
+	if (!(request.head.unshare & CLONE_NEWUSER))
+		return true;
+	for (uint32_t n = 0; n < request.head.gid_extents; n++, extent++)
+		if (id >= extent->inside && id - extent->inside < extent->count)
+			return true;
+	return false;
+}
+
+/* --- the child: from clone3 to exec --- */
+
+static int make_dir(int dir_fd, const char *path, mode_t mode)
+{
+	return (int)call(mkdirat(dir_fd, path, mode));
+}
+
+static int make_file(int dir_fd, const char *path)
+{
+	return (int)call(mknodat(dir_fd, path, S_IFREG | 0644, 0));
+}
+
+/* The file or directory on which something shall be mounted, made where that is possible.  The root may be
+ * hostile: nothing leads out of it. */
+static int open_target(int dir_fd, const char *path, bool directory)
+{
+	int fd = open_in_root(dir_fd, path, O_PATH), parent_fd, result;
+	char part[4096];
+	size_t length = strlen(path);
+
+	if (fd != -ENOENT)
+		return fd;
+	if (length >= sizeof(part))
+		return -ENAMETOOLONG;
+	for (size_t at = 1; at <= length; at++) {
+		const char *name;
+
+		if ((path[at] != '/' && path[at]) || path[at - 1] == '/')
+			continue;
+		memcpy(part, path, at);
+		part[at] = '\0';
+		fd = open_in_root(dir_fd, part, O_PATH);
+		if (fd >= 0) {
+			close(fd);
+			continue;
+		}
+		if (fd != -ENOENT)
+			return fd;
+		name = strrchr(part, '/');
+		name = name ? name + 1 : part;
+		part[name - part ? name - part - 1 : 0] = '\0';
+		parent_fd = open_in_root(dir_fd, *part ? part : ".", O_PATH | O_DIRECTORY);
+		if (parent_fd < 0)
+			return parent_fd;
+		memcpy(part, path, at);
+		part[at] = '\0';
+		result = path[at] || directory ? make_dir(parent_fd, name, 0755) : make_file(parent_fd, name);
+		close(parent_fd);
+		if (result < 0 && result != -EEXIST)
+			return result;
+	}
+	return open_in_root(dir_fd, path, O_PATH);
+}
+
+static bool own(int type)
+{
+	return request.head.unshare & (unsigned int)type;
+}
+
+/* Wait for the spawner: our maps are written. */
+static int await_go(int channel_fd)
+{
+	char byte;
+
+	/* When it has died, or failed, there is nothing more to do. */
+	if (recv(channel_fd, &byte, 1, 0) != 1)
+		_exit(1);
+	return 0;
+}
+
+static int become_root(void)
+{
+	int result;
+
+	step = STEP_IDENTITY;
+	if (!own(CLONE_NEWUSER) && (result = (int)call(prctl(PR_SET_SECUREBITS, 0, 0, 0, 0))))
+		return result;
+	if ((result = set_ids(0, 0, 0, true)) || (result = set_ids(0, 0, 0, false)))
+		return result;
+	/* A change of credentials sets it to fs.suid_dumpable, which may be 1. */
+	return (int)call(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
+}
+
+static int set_up_net(void)
+{
+	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+	int fd, result;
+
+	step = STEP_NET;
+	/* Only now, with the maps written: whose the namespace's files in sysfs are is decided when it is made. */
+	if (unshare(CLONE_NEWNET))
+		return -errno;
+	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	result = (int)call(ioctl(fd, SIOCSIFFLAGS, &lo));
+	close(fd);
+	return result;
+}
+
+static const char *const devices[] = { "null", "zero", "full", "random", "urandom", "tty" };
+static const char *const private_dirs[] = { "var", "srv", "mnt", "home", "root", "tmp", "run" };
+static const char *const device_links[][2] = {
+	{ "/proc/self/fd", "fd" }, { "/proc/self/fd/0", "stdin" }, { "/proc/self/fd/1", "stdout" },
+	{ "/proc/self/fd/2", "stderr" }, { "pts/ptmx", "ptmx" }, { "/proc/kcore", "core" },
+};
+
+#define N(array) (sizeof(array) / sizeof((array)[0]))
+
+/* Mount the tree at a directory of the root; a root that lacks it and cannot be written to goes without. */
+static int attach_in_root(int tree_fd, int top_fd, const char *name)
+{
+	int result = attach(tree_fd, top_fd, name);
+	struct stat st;
+
+	if (!result)
+		return 0;
+	if (result == -ENOENT)
+		return make_dir(top_fd, name, 0755) ? 0 : attach(tree_fd, top_fd, name);
+	/* Where /home is a link into /var, as with ostree, it leads to what is private anyway. */
+	if (!fstatat(top_fd, name, &st, AT_SYMLINK_NOFOLLOW) && S_ISLNK(st.st_mode))
+		return 0;
+	return result;
+}
+
+/* The private, empty directories, all of one tmpfs, at /t for the time being; nothing of it is attached yet. */
+static int make_private(void)
+{
+	static const char *const options[][2] = { { "mode", "0755" }, { NULL, NULL } };
+	static const struct { const char *path; mode_t mode; } below[] = {
+		{ "dev", 0755 }, { "sys", 0755 }, { "var", 0755 }, { "srv", 0755 }, { "mnt", 0755 },
+		{ "home", 0755 }, { "root", 0700 }, { "run", 0755 }, { "tmp", 01777 },
+		{ "run/lock", 01777 }, { "var/cache", 0755 }, { "var/lib", 0755 }, { "var/log", 0755 },
+		{ "var/tmp", 01777 }, { "dev/.nsfs", 0755 }, { "dev/.nsfs/proc", 0755 },
+		{ "dev/.nsfs/sys", 0755 }, { "dev/mqueue", 01777 }, { "dev/pts", 0755 },
+		{ "dev/shm", 01777 },
+	};
+	const size_t only_dev = request.head.flags & FLAG_ROOTFS;
+	int fd, result;
+
+	step = STEP_MOUNT;
+	fd = new_mount("tmpfs", options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
+	if (fd < 0)
+		return fd;
+	if ((result = attach(fd, AT_FDCWD, "/t")))
+		return result;
+	umask(0);
+	for (size_t i = 0; i < N(below); i++) {
+		if (only_dev && strncmp(below[i].path, "dev", 3) && strncmp(below[i].path, "sys", 3))
+			continue;
+		if ((result = make_dir(fd, below[i].path, below[i].mode)))
+			return result;
+	}
+	umask(022);
+	if (!only_dev && (symlinkat("../run", fd, "var/run") || symlinkat("../run/lock", fd, "var/lock")))
+		return -errno;
+	return fd;
+}
+
+static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd, int kmsg_fd)
+{
+	int dev_fd, result;
+
+	step = STEP_MOUNT;
+	dev_fd = clone_tree(private_fd, "dev");
+	if (dev_fd < 0)
+		return dev_fd;
+	if ((result = attach_in_root(dev_fd, top_fd, "dev")) || (result = (int)call(fchdir(dev_fd))))
+		return result;
+	for (size_t i = 0; i < N(devices); i++) {
+		char source[32];
+
+		snprintf(source, sizeof(source), "/dev/%s", devices[i]);
+		if ((result = make_file(dev_fd, devices[i])) || (result = bind_path(source, devices[i])))
+			return result;
+	}
+	for (size_t i = 0; i < N(device_links); i++)
+		if (symlinkat(device_links[i][0], dev_fd, device_links[i][1]))
+			return -errno;
+	if ((result = attach(pts_fd, dev_fd, "pts")))
+		return result;
+	if (queue_fd >= 0 && (result = attach(queue_fd, dev_fd, "mqueue")))
+		return result;
+	step = STEP_FACE;
+	if ((result = make_file(dev_fd, "kmsg")) || (result = attach(kmsg_fd, dev_fd, "kmsg")))
+		return result;
+	return dev_fd;
+}
+
+static int set_up_proc(int dev_fd, int top_fd, int kmsg_fd)
+{
+	const char *source = request.head.pid ? "/s/proc" : "/proc";
+	int quiet_fd, fd, result;
+
+	step = STEP_MOUNT;
+	quiet_fd = own(CLONE_NEWPID) ? new_mount("proc", NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
+						 MOUNT_ATTR_NOEXEC) : clone_tree(AT_FDCWD, source);
+	if (quiet_fd < 0)
+		return quiet_fd;
+	if ((result = attach(quiet_fd, dev_fd, ".nsfs/proc")))
+		return result;
+	fd = clone_tree(quiet_fd, "");
+	if (fd < 0)
+		return fd;
+	if ((result = attach_in_root(fd, top_fd, "proc")))
+		return result;
+	step = STEP_FACE;
+	return attach(kmsg_fd, fd, "kmsg");
+}
+
+/* /sys: every entry of sysfs, and the filesystem. */
+static int set_up_sys(int dev_fd, int private_fd, int top_fd, int face_fd)
+{
+	const char *source = request.head.pid ? "/s/sys" : "/sys";
+	const unsigned int attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+	int quiet_fd, fd, each_fd, result;
+
+	step = STEP_MOUNT;
+	/* Whose interfaces a sysfs shows follows the network namespace, which must be ours to mount one. */
+	quiet_fd = own(CLONE_NEWNET) ? new_mount("sysfs", NULL, attributes) : clone_tree(AT_FDCWD, source);
+	if (quiet_fd < 0)
+		return quiet_fd;
+	if (!own(CLONE_NEWNET) && !own(CLONE_NEWUSER) &&
+	    (result = set_mount(quiet_fd, MOUNT_ATTR_RDONLY, 0, false)))
+		return result;
+	if ((result = attach(quiet_fd, dev_fd, ".nsfs/sys")))
+		return result;
+	fd = clone_tree(private_fd, "sys");
+	if (fd < 0)
+		return fd;
+	if ((result = attach_in_root(fd, top_fd, "sys")))
+		return result;
+	for (size_t i = 0; i < sys_entry_count; i++) {
+		each_fd = clone_tree(quiet_fd, sys_entries[i]);
+		if (each_fd == -ENOENT)
+			continue;
+		if (each_fd < 0)
+			return each_fd;
+		if (!own(CLONE_NEWNET) && (result = set_mount(each_fd, MOUNT_ATTR_RDONLY, 0, false)))
+			return result;
+		if ((result = make_dir(fd, sys_entries[i], 0755)) ||
+		    (result = attach(each_fd, fd, sys_entries[i])))
+			return result;
+		close(each_fd);
+	}
+	step = STEP_FACE;
+	if ((result = make_dir(fd, "namespaces", 0755)) || (result = attach(face_fd, fd, "namespaces")))
+		return result;
+	step = STEP_MOUNT;
+	return set_mount(fd, MOUNT_ATTR_RDONLY, 0, false);
+}
+
+static int set_up_binds(int top_fd)
+{
+	step = STEP_BIND;
+	for (uint32_t i = 0; i < request.head.binds; i++) {
+		struct stat st;
+		char source[32];
+		int fd, target_fd, result;
+
+		if (fstat(request.bind_fds[i], &st))
+			return -errno;
+		snprintf(source, sizeof(source), "/s/%c%u", S_ISDIR(st.st_mode) ? 'd' : 'f', i);
+		fd = open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | AT_RECURSIVE);
+		if (fd < 0)
+			return fd;
+		target_fd = open_target(top_fd, request.strings[1 + i], S_ISDIR(st.st_mode));
+		if (target_fd < 0)
+			return target_fd;
+		if ((result = attach(fd, target_fd, "")))
+			return result;
+		close(target_fd);
+		close(fd);
+	}
+	return 0;
+}
+
+static int open_face(const char *suffix)
+{
+	char path[64];
+
+	step = STEP_FACE;
+	snprintf(path, sizeof(path), "/fuse/.f/%u%s", request.head.face, suffix);
+	return clone_tree(AT_FDCWD, path);
+}
+
+/* Its root will be root of the host's user namespace. */
+static bool in_initial_user_ns;
+
+/* Where the root filesystem is among the templates; NULL when the mount namespace is shared. */
+static const char *root_source;
+
+/* The mount namespace; in it is still a copy of the templates. */
+static int set_up_mounts(int channel_fd)
+{
+	const char *pts_options[][2] = {
+		{ "newinstance", NULL }, { "ptmxmode", "0666" }, { "mode", "0620" },
+		{ gid_mapped(5) ? "gid" : NULL, "5" }, { NULL, NULL } };
+	int top_fd, face_fd, kmsg_fd, proc_kmsg_fd, private_fd, pts_fd, queue_fd, dev_fd, fd, result;
+
+	step = STEP_ROOT;
+	top_fd = clone_tree(AT_FDCWD, root_source);
+	if (top_fd < 0)
+		return top_fd;
+	/* `.f` is for the host's root alone, which by our filesystem UID we are until become_root(). */
+	if ((face_fd = open_face("")) < 0 || (kmsg_fd = open_face(".kmsg")) < 0 ||
+	    (proc_kmsg_fd = open_face(".pkmsg")) < 0)
+		return face_fd < 0 ? face_fd : kmsg_fd < 0 ? kmsg_fd : proc_kmsg_fd;
+	step = STEP_MOUNT;
+	queue_fd = own(CLONE_NEWIPC) ? new_mount("mqueue", NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
+						 MOUNT_ATTR_NOEXEC) : clone_tree(AT_FDCWD, "/s/mqueue");
+	/* Not every kernel has it. */
+	if (queue_fd < 0 && queue_fd != -ENODEV && queue_fd != -ENOENT)
+		return queue_fd;
+	step = STEP_ROOT;
+	if ((result = attach(top_fd, AT_FDCWD, "/")))
+		return result;
+
+	await_go(channel_fd);
+	if ((result = become_root()) || (own(CLONE_NEWNET) && (result = set_up_net())))
+		return result;
+	private_fd = make_private();
+	if (private_fd < 0)
+		return private_fd;
+	pts_fd = new_mount("devpts", pts_options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC);
+	if (pts_fd < 0)
+		return pts_fd;
+	for (size_t i = 0; i < N(private_dirs) && !(request.head.flags & FLAG_ROOTFS); i++) {
+		fd = clone_tree(private_fd, private_dirs[i]);
+		if (fd < 0)
+			return fd;
+		if ((result = attach_in_root(fd, top_fd, private_dirs[i])))
+			return result;
+		close(fd);
+	}
+	dev_fd = set_up_dev(private_fd, top_fd, pts_fd, queue_fd, kmsg_fd);
+	if (dev_fd < 0)
+		return dev_fd;
+	if ((result = set_up_proc(dev_fd, top_fd, proc_kmsg_fd)) ||
+	    (result = set_up_sys(dev_fd, private_fd, top_fd, face_fd)) ||
+	    (result = set_up_binds(top_fd)))
+		return result;
+	step = STEP_PIVOT;
+	/* The old root ends up on top of the new one at the same place, and goes with all that is on it. */
+	if (fchdir(top_fd) || syscall(SYS_pivot_root, ".", ".") || detach(".") || chdir("/"))
+		return -errno;
+	return 0;
+}
+
+/* --- the system-call denylist: LXC's common.seccomp and kexec_file_load --- */
+
+#define DENY (SECCOMP_RET_ERRNO | EPERM)
+#define DENY_FORCE (SECCOMP_RET_ERRNO | EACCES)
+/* Forward jumps to the end of the program are counted from the next instruction. */
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define WHEN(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
+#define RETURN(value) BPF_STMT(BPF_RET | BPF_K, (value))
+/* The six that are denied and umount2, of one architecture; after it: allow, test the flags, deny. */
+#define DENYLIST(kexec_load, kexec_file, by_handle, init, finit, delete, umount)		\
+	WHEN(kexec_load, 9, 0), WHEN(kexec_file, 8, 0), WHEN(by_handle, 7, 0),			\
+	WHEN(init, 6, 0), WHEN(finit, 5, 0), WHEN(delete, 4, 0), WHEN(umount, 1, 0),		\
+	RETURN(SECCOMP_RET_ALLOW),								\
+	/* args[] are 64 bits, little-endian; the flags are an int */				\
+	LOAD(args[1]), BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, MNT_FORCE, 1, 2),			\
+	RETURN(DENY), RETURN(DENY_FORCE), RETURN(SECCOMP_RET_ALLOW)
+
+static const struct sock_filter filter[] = {
+	LOAD(arch),
+#if defined(__x86_64__)
+	WHEN(AUDIT_ARCH_I386, 0, 14),
+	LOAD(nr),
+	DENYLIST(283, 0xffffffff, 342, 128, 350, 129, 52),
+	WHEN(AUDIT_ARCH_X86_64, 0, 16),
+	LOAD(nr),
+	/* x32: the same numbers with one bit, but for kexec_load */
+	WHEN(0x40000000 | 528, 15, 0),
+	BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xbfffffff),
+	DENYLIST(246, 320, 304, 175, 313, 176, 166),
+	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
+	RETURN(DENY),
+#elif defined(__aarch64__)
+	WHEN(AUDIT_ARCH_ARM, 0, 14),
+	LOAD(nr),
+	DENYLIST(347, 401, 371, 128, 379, 129, 52),
+	WHEN(AUDIT_ARCH_AARCH64, 0, 14),
+	LOAD(nr),
+	DENYLIST(104, 294, 265, 105, 273, 106, 39),
+	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
+#else
+#error "the system-call numbers of this architecture are not known"
+#endif
+};
+
+static int install_filter(void)
+{
+	const struct sock_fprog program = { .len = N(filter), .filter = (struct sock_filter *)filter };
+
+	step = STEP_FILTER;
+	return (int)call(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program));
+}
+
+/* What a container's root keeps that is root of the host's user namespace: systemd-nspawn's choice, without
+ * CAP_MKNOD, since no device cgroup watches over it. */
+static int drop_capabilities(void)
+{
+	static const int kept[] = {
+		CAP_AUDIT_CONTROL, CAP_AUDIT_WRITE, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH,
+		CAP_FOWNER, CAP_FSETID, CAP_IPC_OWNER, CAP_KILL, CAP_LEASE, CAP_LINUX_IMMUTABLE,
+		CAP_NET_BIND_SERVICE, CAP_NET_BROADCAST, CAP_NET_RAW, CAP_SETFCAP, CAP_SETGID,
+		CAP_SETPCAP, CAP_SETUID, CAP_SYS_ADMIN, CAP_SYS_CHROOT, CAP_SYS_NICE, CAP_SYS_PTRACE,
+		CAP_SYS_RESOURCE, CAP_SYS_TTY_CONFIG };
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct data[2] = { { 0 } };
+	uint64_t keep = 0;
+
+	step = STEP_IDENTITY;
+	for (size_t i = 0; i < N(kept); i++)
+		keep |= 1ULL << kept[i];
+	/* reboot(2) in a PID namespace of one's own ends only that */
+	if (own(CLONE_NEWPID))
+		keep |= 1ULL << CAP_SYS_BOOT;
+	if (own(CLONE_NEWNET))
+		keep |= 1ULL << CAP_NET_ADMIN;
+	for (int i = 0; i < 64; i++)
+		if (!(keep >> i & 1) && prctl(PR_CAPBSET_DROP, i, 0, 0, 0) && errno != EINVAL)
+			return -errno;
+	if (syscall(SYS_capget, &header, data))
+		return -errno;
+	for (int i = 0; i < 2; i++) {
+		const uint32_t part = (uint32_t)(keep >> 32 * i);
+
+		data[i].permitted &= part;
+		data[i].effective &= part;
+		data[i].inheritable = 0;
+	}
+	return (int)call(syscall(SYS_capset, &header, data));
+}
+
+static int execute_init(int channel_fd)
+{
+	static char *const environment[] = { NULL };
+	char flags[4], *argv[] = { (char *)"nsfs-init", flags, NULL };
+	size_t n = 0;
+
+	step = STEP_EXEC;
+	if (own(CLONE_NEWCGROUP))
+		flags[n++] = 'c';
+	if (!own(CLONE_NEWPID))
+		flags[n++] = 's';
+	flags[n] = '\0';
+	if (dup3(request.listen_fd, INIT_LISTEN_FD, 0) < 0 ||
+	    dup3(request.payload_fd, INIT_PAYLOAD_FD, 0) < 0 ||
+	    dup3(channel_fd, INIT_READY_FD, 0) < 0)
+		return -errno;
+	/* By descriptor: it is on no mount of this namespace.  All else is close-on-exec. */
+	(void)syscall(SYS_execveat, root_fd, "nsfs-init", argv, environment, 0);
+	return -errno;
+}
+
+static int set_up(int channel_fd)
+{
+	int result;
+
+	step = STEP_CGROUP;
+	/* "0" is who writes, and to `tasks` it moves a thread without the lock of all process creation.  What
+	 * counts are the credentials of whoever opened the file. */
+	for (uint32_t i = 0; i < request.head.v1_groups; i++)
+		if (write(request.v1_fds[i], "0", 1) != 1)
+			return -errno;
+	step = STEP_HOSTNAME;
+	if (own(CLONE_NEWUTS) &&
+	    (result = (int)call(sethostname(request.strings[0], strlen(request.strings[0])))))
+		return result;
+	if (own(CLONE_NEWNS)) {
+		result = set_up_mounts(channel_fd);
+	} else {
+		await_go(channel_fd);
+		result = become_root();
+		if (!result && own(CLONE_NEWNET))
+			result = set_up_net();
+		step = STEP_PIVOT;
+		if (!result && chdir("/"))
+			result = -errno;
+	}
+	if (result)
+		return result;
+	if (request.head.flags & FLAG_FILTER && (result = install_filter()))
+		return result;
+	if (in_initial_user_ns && (result = drop_capabilities()))
+		return result;
+	return execute_init(channel_fd);
+}
+
+__attribute__((noreturn))
+static void child(int channel_fd, int spawner_end_fd)
+{
+	struct init_result result = { .error = 0 };
+
+	close(spawner_end_fd);
+	result.error = set_up(channel_fd);
+	result.step = step;
+	(void)send(channel_fd, &result, sizeof(result), MSG_NOSIGNAL);
+	_exit(1);
+}
+
+/* --- making --- */
+
+/* Run something in a child that shares our descriptors and is gone when this returns.  Returns what that did: a
+ * descriptor or -errno. */
+static int aside(int (*work)(void *), void *about, int cgroup_fd)
+{
+	int result;
+
+	*left = (struct left){ .value = -EIO, .step = STEP_DIED };
+	result = clone_child(CLONE_FILES | CLONE_VFORK, cgroup_fd, NULL);
+	if (!result) {
+		/* In two steps: there may be another child of ours that leaves something. */
+		result = work(about);
+		left->value = result;
+		left->step = step;
+		_exit(0);
+	}
+	if (result < 0)
+		return result;
+	while (waitpid(result, NULL, __WALL) < 0 && errno == EINTR)
+		;
+	step = left->step;
+	return left->value;
+}
+
+struct borrowed {
+	int pid_fd, type;
+	const char *filesystem;
+};
+
+static int mount_borrowed(void *about)
+{
+	const struct borrowed *what = about;
+
+	step = STEP_MOUNT;
+	return new_mount(what->filesystem, NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+}
+
+static int borrow_inside(void *about)
+{
+	struct borrowed *what = about;
+
+	step = STEP_JOIN;
+	if (what->pid_fd >= 0 && setns(what->pid_fd, what->type))
+		return -errno;
+	/* Only children are in the PID namespace that was joined. */
+	return aside(mount_borrowed, what, -1);
+}
+
+/* A mount that shows the parent's namespace of a type, for a container without its own. */
+static int borrow(int pid_fd, int type, const char *filesystem)
+{
+	struct borrowed what = { .pid_fd = pid_fd, .type = type, .filesystem = filesystem };
+
+	return aside(borrow_inside, &what, -1);
+}
+
+/* Attach something at /s, from where the next clone copies it with its flags locked. */
+static int place(int tree_fd, int *places_fd, const char *name, bool directory)
+{
+	int result;
+
+	if (*places_fd < 0) {
+		*places_fd = clone_tree(root_fd, "s");
+		if (*places_fd < 0)
+			return *places_fd;
+		if ((result = attach(*places_fd, root_fd, "s")))
+			return result;
+	}
+	result = directory ? make_dir(*places_fd, name, 0755) : make_file(*places_fd, name);
+	if (result && result != -EEXIST)
+		return result;
+	return attach(tree_fd, *places_fd, name);
+}
+
+static int place_and_close(int tree_fd, int *places_fd, const char *name)
+{
+	int result = tree_fd < 0 ? tree_fd : place(tree_fd, places_fd, name, true);
+
+	if (tree_fd >= 0)
+		close(tree_fd);
+	return result;
+}
+
+/* The parent's root filesystem alone: "/" of its mount namespace, in which no path can mislead us. */
+static int parent_root(pid_t pid)
+{
+	struct mount_attr attr = { .attr_set = MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID |
+		MOUNT_ATTR_NODEV, .userns_fd = (uint64_t)(unsigned int)nobody_fd };
+	const unsigned int flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC;
+	int fd, ns_fd = open_ns(pid, "mnt"), result;
+
+	if (ns_fd < 0)
+		return ns_fd;
+	result = setns(ns_fd, CLONE_NEWNS) ? -errno : 0;
+	close(ns_fd);
+	if (result)
+		return result;
+	/* Best: nobody's, as the host's.  That can replace an idmap since Linux 6.15 only; but the root of a
+	 * parent that has the default kind is nobody's already. */
+	fd = (int)call(syscall(__NR_open_tree_attr, AT_FDCWD, "/", flags, &attr, sizeof(attr)));
+	if (fd < 0) {
+		fd = open_tree(AT_FDCWD, "/", OPEN_TREE_CLONE);
+		if (fd >= 0 && set_mount(fd, attr.attr_set, nobody_fd, false))
+			result = set_mount(fd, attr.attr_set & ~(uint64_t)MOUNT_ATTR_IDMAP, 0, false);
+	}
+	/* Our own has been there all the time. */
+	if (setns(own_mnt_fd, CLONE_NEWNS) || fchdir(root_fd))
+		abort();
+	if (result) {
+		close(fd);
+		return result;
+	}
+	return fd;
+}
+
+/* --- user namespaces that exist for the sake of their map --- */
+
+/* In a new user namespace: wait to be killed. */
+static int clone_mapped(int *pid_fd)
+{
+	int result = clone_child(CLONE_NEWUSER, -1, pid_fd);
+
+	if (!result)
+		for (;;)
+			pause();
+	return result;
+}
+
+/* Enter the parent's namespaces so far that what is cloned then is nested in them. */
+static int join_parent(int pid_fd, unsigned int types, bool other_user_ns)
+{
+	const struct spawner_request *head = &request.head;
+	int result;
+
+	step = STEP_JOIN;
+	/* First what is not the user namespace, while we are root of the initial one: some of it may be owned
+	 * by a user namespace further up. */
+	if (types && setns(pid_fd, (int)types))
+		return -errno;
+	step = STEP_OWNER;
+	/* The effective ID becomes the owner of the user namespace, the filesystem ID stays the host's root:
+	 * so we can open what is root's in /proc and cgroups without a capability there. */
+	if ((result = set_ids(-1, head->owner_gid, -1, true)) ||
+	    (result = set_ids(-1, head->owner_uid, -1, false)))
+		return result;
+	setfsgid(0);
+	setfsuid(0);
+	step = STEP_JOIN;
+	if (other_user_ns && setns(pid_fd, CLONE_NEWUSER))
+		return -errno;
+	return 0;
+}
+
+struct nested {
+	int pid_fd, channel_fd, spawner_end_fd;
+	bool other_user_ns;
+	bool only_map;		/* not the container: just a user namespace with its maps */
+};
+
+static int clone_container(const struct nested *nested, int cgroup_fd, int *pid_fd)
+{
+	int result;
+
+	step = STEP_CLONE;
+	if (nested->only_map)
+		return clone_mapped(pid_fd);
+	/* These two come later: they need a child in ID/payload, and the maps. */
+	result = clone_child(request.head.unshare & ~(unsigned int)(CLONE_NEWCGROUP | CLONE_NEWNET),
+			     cgroup_fd, pid_fd);
+	if (!result)
+		child(nested->channel_fd, nested->spawner_end_fd);
+	return result;
+}
+
+static int clone_inside(void *about)
+{
+	int pid_fd, result = clone_container(about, -1, &pid_fd);
+
+	return result < 0 ? result : pid_fd;
+}
+
+/* Clone what `nested` says from within the parent's namespaces, and write the maps; returns a pidfd. */
+static int clone_nested(void *about)
+{
+	struct nested *nested = about;
+	const unsigned int unshared = request.head.unshare;
+	/* These are inherited: the time namespace for its offsets, UTS for the domain name, PID to be nested in. */
+	unsigned int types = CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWUTS;
+	int pid_fd, result;
+
+	types |= (CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWNS) & ~unshared;
+	if (nested->only_map)
+		types = 0;
+	/* At the top the only thing to be joined is the host's mount namespace. */
+	if (nested->pid_fd < 0) {
+		step = STEP_JOIN;
+		if (types & CLONE_NEWNS && setns(host_mnt_fd, CLONE_NEWNS))
+			return -errno;
+		types = 0;
+	}
+	result = join_parent(nested->pid_fd, types, nested->other_user_ns);
+	if (result)
+		return result;
+	/* A PID namespace can be made only by one who is in that above it, and that are our children. */
+	pid_fd = aside(clone_inside, nested, -1);
+	if (pid_fd < 0 || !(unshared & CLONE_NEWUSER))
+		return pid_fd;
+	result = write_maps(pid_fd);
+	if (!result)
+		return pid_fd;
+	end(pid_fd);
+	return result;
+}
+
+/* Clone the container from where we are: at the top, with a mount namespace of its own; returns a pidfd. */
+static int clone_top(const struct nested *nested)
+{
+	const struct spawner_request *head = &request.head;
+	int pid_fd, result;
+
+	step = STEP_OWNER;
+	if ((result = set_ids(-1, head->owner_gid, -1, true)) ||
+	    (result = set_ids(-1, head->owner_uid, -1, false)))
+		return result;
+	setfsgid(0);
+	setfsuid(0);
+	result = clone_container(nested, request.init_cgroup_fd, &pid_fd);
+	if (set_ids(-1, 0, -1, false) || set_ids(-1, 0, -1, true))
+		abort();
+	if (result < 0 || !own(CLONE_NEWUSER))
+		return result < 0 ? result : pid_fd;
+	result = write_maps(pid_fd);
+	if (!result)
+		return pid_fd;
+	end(pid_fd);
+	return result;
+}
+
+/* Idmap the tree that shall be the root as the container's user namespace will map it.  That one does not exist
+ * yet, and afterwards would be too late to have the mount's flags locked; but any with the same map will do. */
+static int idmap_rootfs(const struct nested *like)
+{
+	struct nested nested = *like;
+	int pid_fd, fd, result;
+
+	nested.only_map = true;
+	pid_fd = aside(clone_nested, &nested, -1);
+	if (pid_fd < 0)
+		return pid_fd;
+	step = STEP_IDMAP;
+	result = pid_of(pid_fd);
+	if (result > 0) {
+		fd = open_ns(result, "user");
+		result = fd < 0 ? fd : set_mount(request.rootfs_fd, MOUNT_ATTR_IDMAP, fd, true);
+		if (fd >= 0)
+			close(fd);
+	}
+	end(pid_fd);
+	return result;
+}
+
+/* Find the trees that the mount namespace shall have and put them where they are copied from. */
+static int prepare_trees(const struct nested *nested, int *places_fd)
+{
+	const struct spawner_request *head = &request.head;
+	int result;
+
+	step = STEP_ROOT;
+	root_source = "/s/root";
+	if (head->flags & FLAG_ROOTFS) {
+		if (head->flags & FLAG_IDMAP && (result = idmap_rootfs(nested)))
+			return result;
+		step = STEP_ROOT;
+		/* Devices in a tree that somebody unpacked are not the container's to open. */
+		if ((result = set_mount(request.rootfs_fd, MOUNT_ATTR_NODEV, 0, true)) ||
+		    (result = place(request.rootfs_fd, places_fd, "root", true)))
+			return result;
+	} else if (head->pid && ns_ino(head->pid, "mnt") != host_mnt_ino) {
+		if ((result = place_and_close(parent_root(head->pid), places_fd, "root")))
+			return result;
+	} else {
+		root_source = "/root";
+	}
+	step = STEP_MOUNT;
+	if (!own(CLONE_NEWIPC)) {
+		result = place_and_close(borrow(nested->pid_fd, CLONE_NEWIPC, "mqueue"), places_fd, "mqueue");
+		if (result && result != -ENODEV)
+			return result;
+	}
+	if (head->pid && !own(CLONE_NEWPID) &&
+	    (result = place_and_close(borrow(nested->pid_fd, CLONE_NEWPID, "proc"), places_fd, "proc")))
+		return result;
+	if (head->pid && !own(CLONE_NEWNET) &&
+	    (result = place_and_close(borrow(nested->pid_fd, CLONE_NEWNET, "sysfs"), places_fd, "sys")))
+		return result;
+	step = STEP_BIND;
+	for (uint32_t i = 0; i < head->binds; i++) {
+		struct stat st;
+		char name[16];
+
+		if (fstat(request.bind_fds[i], &st))
+			return -errno;
+		snprintf(name, sizeof(name), "%c%u", S_ISDIR(st.st_mode) ? 'd' : 'f', i);
+		if (head->read_only >> i & 1 &&
+		    (result = set_mount(request.bind_fds[i], MOUNT_ATTR_RDONLY, 0, true)))
+			return result;
+		if ((result = place(request.bind_fds[i], places_fd, name, S_ISDIR(st.st_mode))))
+			return result;
+	}
+	return 0;
+}
+
+/* Wait for what the child says; if it is dead already the channel's end tells. */
+static void await_result(struct job *job, int pid, int pid_fd, int channel_fd)
+{
+	*job = (struct job){
+		.busy = true, .pid = pid, .pid_fd = pid_fd, .channel_fd = channel_fd, .id = request.head.id, .op = request.head.op,
+		.deadline_ms = now_ms() + DEADLINE_MS };
+}
+
+/* OP_MAKE.  On success the rest is up to the child, and `job` waits for it. */
+static int make(struct job *job)
+{
+	const struct spawner_request *head = &request.head;
+	struct nested nested = { .pid_fd = -1 };
+	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, result = 0;
+
+	if (head->pid) {
+		nested.pid_fd = result = open_pid(head->pid);
+		if (result < 0)
+			goto out;
+		nested.other_user_ns = ns_ino(head->pid, "user") != own_user_ino;
+	}
+	in_initial_user_ns = !own(CLONE_NEWUSER) && !nested.other_user_ns;
+	if (own(CLONE_NEWNS) && (result = prepare_trees(&nested, &places_fd)))
+		goto out;
+	step = STEP_LIMIT;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel)) {
+		result = -errno;
+		goto out;
+	}
+	nested.spawner_end_fd = channel[0];
+	nested.channel_fd = channel[1];
+	if (head->pid || !own(CLONE_NEWNS))
+		pid_fd = aside(clone_nested, &nested, request.init_cgroup_fd);
+	else
+		pid_fd = clone_top(&nested);
+	if (pid_fd < 0) {
+		result = pid_fd;
+		goto out;
+	}
+	step = STEP_DIED;
+	result = pid_of(pid_fd);
+	if (result < 0) {
+		end(pid_fd);
+		goto out;
+	}
+	(void)send(channel[0], "", 1, MSG_NOSIGNAL);
+	await_result(job, result, pid_fd, channel[0]);
+	channel[0] = -1;
+	result = 0;
+out:
+	if (places_fd >= 0) {
+		/* With all that is on it; the clone has its copy. */
+		detach("/s");
+		close(places_fd);
+	}
+	for (int i = 0; i < 2; i++)
+		if (channel[i] >= 0)
+			close(channel[i]);
+	if (nested.pid_fd >= 0)
+		close(nested.pid_fd);
+	return result;
+}
+
+/* --- acting in others' mount namespaces: in a child, since their filesystems may be slow or hostile --- */
+
+/* Enter the mount namespace and root of a process; 0: the host's. */
+static int enter_mounts(pid_t pid)
+{
+	char path[32];
+	int fd, dir_fd, result;
+
+	step = STEP_PROCESS;
+	if (!pid)
+		return (int)call(setns(host_mnt_fd, CLONE_NEWNS));
+	snprintf(path, sizeof(path), "%d/root", (int)pid);
+	fd = open_ns(pid, "mnt");
+	if (fd < 0)
+		return fd == -ENOENT ? -ESRCH : fd;
+	dir_fd = (int)call(openat(proc_fd, path, O_PATH | O_CLOEXEC));
+	if (dir_fd < 0)
+		return dir_fd == -ENOENT ? -ESRCH : dir_fd;
+	step = STEP_JOIN;
+	result = (int)call(setns(fd, CLONE_NEWNS));
+	if (!result && (fchdir(dir_fd) || chroot(".")))
+		result = -errno;
+	close(fd);
+	close(dir_fd);
+	return result;
+}
+
+/* What one file of somebody's mount namespace can be mounted on, made if need be. */
+static int open_bind_target(const char *path, bool directory)
+{
+	struct stat st;
+	int fd;
+
+	step = STEP_PATH;
+	/* A filesystem that was mounted in a user namespace cannot store the host's IDs. */
+	if (!stat("/dev", &st)) {
+		setfsgid(st.st_gid);
+		setfsuid(st.st_uid);
+	}
+	fd = open_target(AT_FDCWD, path, directory);
+	setfsuid(0);
+	setfsgid(0);
+	return fd;
+}
+
+/* A tree, attached so that the container's root cannot change its flags. */
+static int attach_at(int tree_fd, const char *path)
+{
+	struct stat st;
+	int fd;
+
+	if (fstat(tree_fd, &st))
+		return -errno;
+	fd = open_bind_target(path, S_ISDIR(st.st_mode));
+	if (fd < 0)
+		return fd;
+	step = STEP_BIND;
+	return attach(tree_fd, fd, "");
+}
+
+/* Returns a descriptor to pass on, -errno, or 0. */
+static int act(void)
+{
+	const struct spawner_request *head = &request.head;
+	int fd, result;
+
+	switch (head->op) {
+	case OP_TREE:
+		if ((result = enter_mounts(head->pid)))
+			return result;
+		step = STEP_PATH;
+		fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
+		return fd < 0 ? fd : clone_tree(fd, "");
+	case OP_PIN: {
+		char path[64];
+
+		step = STEP_PROCESS;
+		snprintf(path, sizeof(path), "%d/ns/%.16s", (int)head->pid, request.strings[0]);
+		fd = clone_tree(proc_fd, path);
+		if (fd < 0 || head->strings < 2)
+			return fd;
+		if ((result = enter_mounts(head->target_pid)))
+			return result;
+		result = attach_at(fd, request.strings[1]);
+		close(fd);
+		return result;
+	}
+	case OP_BIND:
+		if ((result = enter_mounts(head->pid)))
+			return result;
+		step = STEP_BIND;
+		if (head->flags & FLAG_READ_ONLY &&
+		    (result = set_mount(request.fds[0], MOUNT_ATTR_RDONLY, 0, true)))
+			return result;
+		return attach_at(request.fds[0], request.strings[0]);
+	case OP_UNBIND:
+		if ((result = enter_mounts(head->pid)))
+			return result;
+		/* Whatever a symbolic link makes of the path is in the container's own mount namespace. */
+		step = STEP_PATH;
+		return detach(request.strings[0]);
+	default:
+		return -EINVAL;
+	}
+}
+
+static int act_aside(struct job *job)
+{
+	int channel[2], pid_fd, result;
+
+	step = STEP_LIMIT;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel))
+		return -errno;
+	result = clone_child(0, -1, &pid_fd);
+	if (!result) {
+		int fd = act();
+
+		struct init_result said = { .error = fd < 0 ? fd : 0, .step = step };
+
+		(void)send_with(channel[1], &said, sizeof(said), fd > 0 ? fd : -1);
+		_exit(0);
+	}
+	close(channel[1]);
+	if (result < 0) {
+		close(channel[0]);
+		return result;
+	}
+	await_result(job, 0, pid_fd, channel[0]);
+	return 0;
+}
+
+/* --- what is done at once --- */
+
+static int hostname(struct spawner_reply *reply)
+{
+	const struct spawner_request *head = &request.head;
+	int fd = open_ns(head->pid, "uts"), result;
+
+	step = STEP_PROCESS;
+	if (fd < 0)
+		return fd == -ENOENT ? -ESRCH : fd;
+	result = (int)call(setns(fd, CLONE_NEWUTS));
+	close(fd);
+	if (result)
+		return result;
+	step = STEP_HOSTNAME;
+	if (head->op == OP_HOSTNAME)
+		result = (int)call(gethostname(reply->text, sizeof(reply->text) - 1));
+	else
+		result = (int)call(sethostname(request.strings[0], strlen(request.strings[0])));
+	if (setns(own_uts_fd, CLONE_NEWUTS))
+		abort();
+	return result;
+}
+
+static int open_output(void)
+{
+	char path[64];
+
+	step = STEP_OUTPUT;
+	snprintf(path, sizeof(path), "fuse/.f/%u.output", request.head.face);
+	return (int)call(openat(root_fd, path, O_WRONLY | O_APPEND | O_CLOEXEC));
+}
+
+/* --- requests and replies --- */
+
+/* If the daemon is gone its end-of-file comes next. */
+static void reply_with(struct spawner_reply reply, int fd)
+{
+	(void)send_with(socket_fd, &reply, sizeof(reply), fd);
+	if (fd >= 0)
+		close(fd);
+}
+
+/* Take a message apart; everything in it is checked, though it comes from the daemon. */
+static int parse(size_t length)
+{
+	const struct spawner_request *head = &request.head;
+	const size_t extents = (size_t)head->uid_extents + head->gid_extents;
+	size_t at = sizeof(*head), wanted;
+
+	step = STEP_REQUEST;
+	if (length < at || head->uid_extents > MAP_EXTENTS_MAX || head->gid_extents > MAP_EXTENTS_MAX ||
+	    head->strings > N(request.strings) || head->binds > BINDS_MAX ||
+	    head->v1_groups > V1_GROUPS_MAX || length - at < extents * sizeof(struct map_extent))
+		return -EINVAL;
+	memcpy(request.extents, message + at, extents * sizeof(struct map_extent));
+	at += extents * sizeof(struct map_extent);
+	message[length] = '\0';
+	for (uint32_t i = 0; i < head->strings; i++) {
+		if (at >= length)
+			return -EINVAL;
+		request.strings[i] = message + at;
+		at += strlen(message + at) + 1;
+	}
+	if (head->pid < 0 || head->target_pid < 0)
+		return -ESRCH;
+	switch (head->op) {
+	case OP_MAKE:
+		wanted = 3 + head->v1_groups + head->binds + (head->flags & FLAG_ROOTFS ? 1 : 0);
+		if (head->strings != 1 + head->binds || request.fd_count != wanted ||
+		    head->unshare & ~(unsigned int)OWN_ALL)
+			return -EINVAL;
+		request.listen_fd = request.fds[0];
+		request.init_cgroup_fd = request.fds[1];
+		request.payload_fd = request.fds[2];
+		request.v1_fds = request.fds + 3;
+		request.bind_fds = request.v1_fds + head->v1_groups;
+		if (head->flags & FLAG_ROOTFS)
+			request.rootfs_fd = *request.bind_fds++;
+		return 0;
+	case OP_BIND:
+		return head->strings == 1 && request.fd_count == 1 ? 0 : -EINVAL;
+	case OP_PIN:
+		return head->strings >= 1 && head->strings <= 2 ? 0 : -EINVAL;
+	case OP_SET_HOSTNAME:
+	case OP_TREE:
+	case OP_UNBIND:
+		return head->strings == 1 ? 0 : -EINVAL;
+	case OP_HOSTNAME:
+	case OP_OUTPUT:
+	case OP_FEATURES:
+		return 0;
+	default:
+		return -EOPNOTSUPP;
+	}
+}
+
+/* One request.  Ends the program at the end-of-file. */
+static void hear(struct job *job)
+{
+	union {
+		char buffer[CMSG_SPACE(sizeof(int) * MESSAGE_FDS_MAX)];
+		struct cmsghdr align;
+	} control;
+	struct iovec iov = { .iov_base = message, .iov_len = sizeof(message) - 1 };
+	struct msghdr header = {
+		.msg_iov = &iov, .msg_iovlen = 1,
+		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
+	};
+	struct spawner_reply reply = { .id = 0 };
+	struct cmsghdr *each;
+	ssize_t length = recvmsg(socket_fd, &header, MSG_CMSG_CLOEXEC);
+	int fd = -1, result;
+
+	if (length < 0 && (errno == EINTR || errno == EAGAIN))
+		return;
+	if (length <= 0)
+		_exit(0);
+	request.fd_count = 0;
+	for (each = CMSG_FIRSTHDR(&header); each; each = CMSG_NXTHDR(&header, each))
+		if (each->cmsg_level == SOL_SOCKET && each->cmsg_type == SCM_RIGHTS) {
+			request.fd_count = (each->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+			memcpy(request.fds, CMSG_DATA(each), request.fd_count * sizeof(int));
+		}
+	memset(&request.head, 0, sizeof(request.head));
+	memcpy(&request.head, message, (size_t)length < sizeof(request.head) ?
+	       (size_t)length : sizeof(request.head));
+	if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
+		step = STEP_REQUEST;
+		result = -E2BIG;
+	} else {
+		result = parse((size_t)length);
+	}
+	if (!result)
+		switch (request.head.op) {
+		case OP_MAKE:
+			result = make(job);
+			break;
+		case OP_HOSTNAME:
+		case OP_SET_HOSTNAME:
+			result = hostname(&reply);
+			break;
+		case OP_OUTPUT:
+			fd = result = open_output();
+			break;
+		case OP_FEATURES:
+			reply.value = features;
+			break;
+		default:
+			result = act_aside(job);
+		}
+	for (size_t i = 0; i < request.fd_count; i++)
+		close(request.fds[i]);
+	if (job->busy)
+		return;
+	reply.id = request.head.id;
+	reply.error = result < 0 ? result : 0;
+	reply.step = result < 0 ? step : STEP_NONE;
+	reply_with(reply, fd);
+}
+
+/* A child has said how it went, or died, or has to. */
+static void finish(struct job *job, bool too_late)
+{
+	union {
+		char buffer[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct init_result result;
+	struct iovec iov = { .iov_base = &result, .iov_len = sizeof(result) };
+	struct msghdr header = {
+		.msg_iov = &iov, .msg_iovlen = 1,
+		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
+	};
+	struct spawner_reply reply = { .id = job->id };
+	const struct cmsghdr *rights;
+	int fd = -1;
+
+	if (too_late) {
+		reply.error = -ETIMEDOUT;
+		reply.step = STEP_DEADLINE;
+	} else if (recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC) == sizeof(result)) {
+		reply.error = result.error;
+		reply.step = result.step;
+		rights = CMSG_FIRSTHDR(&header);
+		if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS)
+			memcpy(&fd, CMSG_DATA(rights), sizeof(fd));
+	} else {
+		reply.error = -EIO;
+		reply.step = STEP_DIED;
+	}
+	if (job->op == OP_MAKE && !reply.error) {
+		reply.pid = job->pid;
+		reply.step = STEP_NONE;
+	} else {
+		/* Gone before anybody is told: nothing is left behind. */
+		end(job->pid_fd);
+		job->pid_fd = -1;
+	}
+	if (job->pid_fd >= 0)
+		close(job->pid_fd);
+	close(job->channel_fd);
+	job->busy = false;
+	reply_with(reply, fd);
+}
+
+/* Inits that ended, and whoever else was orphaned. */
+static void reap(void)
+{
+	while (waitpid(-1, NULL, WNOHANG | __WALL) > 0)
+		;
+}
+
+__attribute__((noreturn))
+static void serve(void)
+{
+	struct pollfd polled[2 + JOBS_MAX];
+
+	for (;;) {
+		struct job *free_job = NULL;
+		int64_t now = now_ms(), first = now + 3600 * 1000;
+
+		polled[1] = (struct pollfd){ .fd = signal_fd, .events = POLLIN };
+		for (size_t i = 0; i < JOBS_MAX; i++) {
+			polled[2 + i] = (struct pollfd){
+				.fd = jobs[i].busy ? jobs[i].channel_fd : -1, .events = POLLIN };
+			if (!jobs[i].busy)
+				free_job = &jobs[i];
+			else if (jobs[i].deadline_ms < first)
+				first = jobs[i].deadline_ms;
+		}
+		polled[0] = (struct pollfd){ .fd = free_job ? socket_fd : -1, .events = POLLIN };
+		if (poll(polled, N(polled), first > now ? (int)(first - now) : 0) < 0)
+			continue;
+		now = now_ms();
+		for (size_t i = 0; i < JOBS_MAX; i++)
+			if (jobs[i].busy && (polled[2 + i].revents || jobs[i].deadline_ms <= now))
+				finish(&jobs[i], !polled[2 + i].revents);
+		if (polled[1].revents) {
+			struct signalfd_siginfo unused;
+
+			(void)read(signal_fd, &unused, sizeof(unused));
+		}
+		reap();
+		if (polled[0].revents && free_job)
+			hear(free_job);
+	}
+}
+
+/* --- the start --- */
+
+__attribute__((noreturn))
+static void die(const char *what, int error)
+{
+	dprintf(STDERR_FILENO, "nsfs-spawner: %s: %s\n", what, strerror(error < 0 ? -error : error));
+	_exit(1);
+}
+
+static int need(int result, const char *what)
+{
+	if (result < 0)
+		die(what, result);
+	return result;
+}
+
+/* A descriptor of ours goes where no init wants one. */
+static int keep(int fd, const char *what)
+{
+	int high;
+
+	need(fd, what);
+	high = fcntl(fd, F_DUPFD_CLOEXEC, FIRST_FD);
+	need((int)call(high), what);
+	close(fd);
+	return high;
+}
+
+/* A user namespace that maps no ID of the host. */
+static int make_nobody(void)
+{
+	int fd, pid_fd;
+
+	request.head.uid_extents = request.head.gid_extents = 1;
+	request.extents[0] = request.extents[1] = (struct map_extent){ NOBODY, NOBODY, 1 };
+	need(clone_mapped(&pid_fd), "clone3 of a user namespace");
+	need(write_maps(pid_fd), "uid_map");
+	fd = open_ns(pid_of(pid_fd), "user");
+	end(pid_fd);
+	return fd;
+}
+
+/* The template of the root filesystem: of the host, but nobody's. */
+static int make_root_template(void)
+{
+	const uint64_t attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
+	int fd = need(clone_tree(AT_FDCWD, "/"), "open_tree /");
+
+	/* ramfs cannot, nor can tmpfs before Linux 6.3, nor overlayfs. */
+	if (!set_mount(fd, MOUNT_ATTR_IDMAP, nobody_fd, false))
+		features |= FEATURE_IDMAPPED_ROOT;
+	need(set_mount(fd, attributes, 0, false), "mount_setattr of the root");
+	return fd;
+}
+
+static void copy_program(int from_fd)
+{
+	char buffer[65536];
+	ssize_t length;
+	int fd = need((int)call(openat(root_fd, "nsfs-init", O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0700)),
+		      "nsfs-init");
+
+	while ((length = read(from_fd, buffer, sizeof(buffer))) > 0)
+		if (write(fd, buffer, (size_t)length) != length)
+			die("write nsfs-init", errno);
+	/* Nobody can read it but the host's root: so its process cannot be traced by others. */
+	if (length < 0 || fchmod(fd, 0111))
+		die("nsfs-init", errno);
+	close(fd);
+	close(from_fd);
+}
+
+static void list_sys(int sys_fd)
+{
+	int fd = need((int)call(openat(sys_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)), "/sys");
+	DIR *dir = fdopendir(fd);
+	struct dirent *entry;
+
+	if (!dir)
+		die("/sys", errno);
+	while ((entry = readdir(dir)))
+		if (entry->d_type == DT_DIR && entry->d_name[0] != '.' &&
+		    strlen(entry->d_name) < sizeof(sys_entries[0]) && sys_entry_count < SYS_ENTRIES_MAX)
+			strcpy(sys_entries[sys_entry_count++], entry->d_name);
+	closedir(dir);
+}
+
+/* Build the mount namespace of templates and leave the host's. */
+static void build_templates(const char *tree, int init_fd)
+{
+	static const struct { const char *name; unsigned int minor; } nodes[] = {
+		{ "dev/null", 3 }, { "dev/zero", 5 }, { "dev/full", 7 }, { "dev/random", 8 },
+		{ "dev/urandom", 9 } };
+	static const char *const directories[] = { "root", "fuse", "dev", "proc", "sys", "s", "t" };
+	static const char *const options[][2] = { { "mode", "0755" }, { NULL, NULL } };
+	int fd, sys_fd;
+
+	if (unshare(CLONE_NEWNS))
+		die("unshare", errno);
+	/* Nothing of what we do is to be seen outside; nor is the filesystem to stay unbindable here. */
+	need((int)call(syscall(SYS_mount, NULL, "/", NULL, 0x44000UL /* MS_REC | MS_PRIVATE */, NULL)),
+	     "mount private");
+	fuse_fd = keep(clone_tree(AT_FDCWD, tree), tree);
+	root_fd = keep(new_mount("tmpfs", options, MOUNT_ATTR_NOSUID), "tmpfs");
+	for (size_t i = 0; i < N(directories); i++)
+		need(make_dir(root_fd, directories[i], 0755), directories[i]);
+	umask(0);
+	for (size_t i = 0; i < N(nodes); i++)
+		need((int)call(mknodat(root_fd, nodes[i].name, S_IFCHR | 0666, makedev(1, nodes[i].minor))),
+		     nodes[i].name);
+	need((int)call(mknodat(root_fd, "dev/tty", S_IFCHR | 0666, makedev(5, 0))), "dev/tty");
+	umask(022);
+	copy_program(init_fd);
+	proc_fd = keep(new_mount("proc", NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC), "proc");
+	sys_fd = keep(new_mount("sysfs", NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC), "sysfs");
+	list_sys(sys_fd);
+	nobody_fd = keep(make_nobody(), "user namespace");
+	fd = make_root_template();
+	need(attach(root_fd, AT_FDCWD, "/"), "move_mount");
+	need(attach(fd, root_fd, "root"), "move_mount root");
+	need(attach(fuse_fd, root_fd, "fuse"), "move_mount fuse");
+	need(attach(proc_fd, root_fd, "proc"), "move_mount proc");
+	need(attach(sys_fd, root_fd, "sys"), "move_mount sys");
+	close(fd);
+	close(sys_fd);
+	if (fchdir(root_fd) || syscall(SYS_pivot_root, ".", ".") || detach(".") || chdir("/"))
+		die("pivot_root", errno);
+}
+
+/* Whether an idmap can be replaced: on a clone of what we have. */
+static void try_features(void)
+{
+	struct mount_attr attr = { .attr_set = MOUNT_ATTR_IDMAP,
+		.userns_fd = (uint64_t)(unsigned int)nobody_fd };
+	int fd;
+
+	if (!(features & FEATURE_IDMAPPED_ROOT))
+		return;
+	fd = (int)call(syscall(__NR_open_tree_attr, AT_FDCWD, "/root", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC,
+			       &attr, sizeof(attr)));
+	if (fd >= 0) {
+		features |= FEATURE_REMAPPED_ROOT;
+		close(fd);
+	}
+}
+
+/* What every container inherits, so that none has to be given it. */
+static void set_defaults(void)
+{
+	static const struct { __rlimit_resource_t resource; rlim_t soft, hard; } limits[] = {
+		{ RLIMIT_NOFILE, 1024, 524288 }, { RLIMIT_CORE, 0, RLIM_INFINITY },
+		{ RLIMIT_CPU, RLIM_INFINITY, RLIM_INFINITY }, { RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY },
+		{ RLIMIT_AS, RLIM_INFINITY, RLIM_INFINITY }, { RLIMIT_DATA, RLIM_INFINITY, RLIM_INFINITY },
+		{ RLIMIT_STACK, 8 << 20, RLIM_INFINITY }, { RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY },
+		{ RLIMIT_MEMLOCK, 8 << 20, 8 << 20 } };
+	/* Raw, and so with those signals that the C library keeps to itself; zero is SIG_DFL. */
+	const uint64_t all = ~0ULL, no_action[4] = { 0 };
+	sigset_t child_set;
+
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof(all));
+	for (int number = 1; number < NSIG; number++)
+		syscall(SYS_rt_sigaction, number, no_action, NULL, sizeof(all));
+	syscall(SYS_close_range, SPAWNER_SOCKET_FD + 1, ~0U, 0);
+	umask(022);
+	for (size_t i = 0; i < N(limits); i++) {
+		const struct rlimit limit = { limits[i].soft, limits[i].hard };
+
+		/* Without CAP_SYS_RESOURCE it stays what it is. */
+		(void)setrlimit(limits[i].resource, &limit);
+	}
+	(void)write_file(AT_FDCWD, "/proc/self/oom_score_adj", "0", 1);
+	if (syscall(SYS_setgroups, 0, NULL))
+		die("setgroups", errno);
+	/* Our effective ID becomes the owner's for a moment; our capabilities stay. */
+	if (prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) ||
+	    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) ||
+	    prctl(PR_SET_NAME, "nsfs-spawner", 0, 0, 0))
+		die("prctl", errno);
+	sigemptyset(&child_set);
+	sigaddset(&child_set, SIGCHLD);
+	signal_fd = keep((int)call(signalfd(-1, &child_set, SFD_CLOEXEC | SFD_NONBLOCK)), "signalfd");
+}
+
+static int open_beside_us(const char *name)
+{
+	char path[4096 + 32];
+	ssize_t length = readlink("/proc/self/exe", path, 4096);
+	char *slash;
+
+	if (length <= 0 || length >= 4096)
+		die("/proc/self/exe", errno);
+	path[length] = '\0';
+	slash = strrchr(path, '/');
+	strcpy(slash ? slash + 1 : path, name);
+	return need((int)call(open(path, O_RDONLY | O_CLOEXEC)), path);
+}
+
+int main(int argc, char **argv)
+{
+	struct stat st;
+	int null_fd, init_fd;
+
+	if (argc != 3 || strcmp(argv[1], "--tree")) {
+		dprintf(STDERR_FILENO, "usage: nsfs-spawner --tree DIR\n");
+		return 2;
+	}
+	set_defaults();
+	socket_fd = keep(SPAWNER_SOCKET_FD, "descriptor 3");
+	init_fd = keep(open_beside_us("nsfs-init"), "nsfs-init");
+	host_mnt_fd = keep((int)call(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC)), "/proc/self/ns/mnt");
+	own_uts_fd = keep((int)call(open("/proc/self/ns/uts", O_RDONLY | O_CLOEXEC)), "/proc/self/ns/uts");
+	left = mmap(NULL, sizeof(*left), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (left == MAP_FAILED)
+		die("mmap", errno);
+	if (fstat(host_mnt_fd, &st))
+		die("fstat", errno);
+	host_mnt_ino = st.st_ino;
+	build_templates(argv[2], init_fd);
+	own_mnt_fd = keep(open_ns(getpid(), "mnt"), "own mount namespace");
+	own_user_ino = ns_ino(getpid(), "user");
+	try_features();
+
+	/* From here on 0, 1, 2 are what an init has, and 3 to 19 are closed by its exec. */
+	null_fd = need((int)call(openat(root_fd, "dev/null", O_RDWR | O_CLOEXEC)), "dev/null");
+	for (int fd = 0; fd < FIRST_FD; fd++)
+		if (fd != null_fd && dup3(null_fd, fd, fd < 3 ? 0 : O_CLOEXEC) < 0)
+			_exit(1);
+	if (fcntl(null_fd, F_SETFD, null_fd < 3 ? 0 : FD_CLOEXEC))
+		_exit(1);
+	serve();
+}

@@ -1,0 +1,198 @@
+"""How a container is built: `rootfs`, `idmap`, `unshare`, `binds`, and `defaults/` for those made
+in it.
+
+rootfs   0644: `host` (the parent's root filesystem alone, read-only) or an absolute path as the
+         writer sees it
+idmap    0644: `auto`, `host` (the parent's own IDs), or lines `INSIDE PARENT COUNT`
+unshare  0644: the types that it has namespaces of its own of; `syslog` is one of them
+binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
+network  in `defaults/` only: `none` (its own, with loopback up) or `host` (the parent's)
+limits   in `defaults/` only: lines `NAME VALUE`, named as in cgroup v2
+
+Written to a container they rebuild it, which must be idle (EBUSY).  In `defaults/` they are what
+mkdir gives to a child; what was never written there is inherited, and an empty value goes back to
+that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from nsfs import idmap, lifecycle, namespaces
+from nsfs.attribute import (
+    NOT_ON_ROOT,
+    PARENTS,
+    Attribute,
+    Caller,
+    Directory,
+    flat_keyed,
+    invalid,
+    lines,
+    one_line,
+    out_of_range,
+    parse_words,
+    unescape,
+)
+from nsfs.cgroup import V1_FILES
+from nsfs.container import Face
+
+LIMITS = ("cpu.max", "cpu.weight", "memory.max", "pids.max")
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise invalid(path)
+    return os.path.normpath(path).replace("//", "/")
+
+
+def parse_rootfs(value: str) -> str:
+    """`host` or an absolute path."""
+    return value if value == "host" else _absolute(value)
+
+
+def format_rootfs(rootfs: str) -> str:
+    """The inverse."""
+    return f"{rootfs}\n"
+
+
+def parse_idmap(value: str) -> str:
+    """`auto`, `host` or lines of a map, which come back as they would be written."""
+    if value in ("auto", "host"):
+        return value
+    return "\n".join(" ".join(map(str, line)) for line in idmap.parse(value))
+
+
+def format_idmap(text: str) -> str:
+    """The inverse."""
+    return f"{text}\n"
+
+
+def parse_unshare(value: str) -> tuple[str, ...]:
+    """Names of types, in the order of names."""
+    return tuple(sorted(parse_words(value, (*namespaces.TYPES, namespaces.SYSLOG))))
+
+
+def format_unshare(types: tuple[str, ...]) -> str:
+    """The inverse."""
+    return " ".join(types) + "\n"
+
+
+def parse_binds(value: str) -> tuple[tuple[str, str, str], ...]:
+    """Lines TARGET SOURCE ro|rw."""
+    result: dict[str, tuple[str, str, str]] = {}
+    for line in value.splitlines():
+        words = line.split()
+        if len(words) != 3 or words[2] not in ("ro", "rw"):
+            raise invalid(line)
+        target, source = (_absolute(unescape(word)) for word in words[:2])
+        if target == "/" or target in result:
+            raise invalid(line)
+        result[target] = (target, source, words[2])
+    return tuple(result.values())
+
+
+def format_binds(binds: tuple[tuple[str, str, str], ...]) -> str:
+    """The inverse."""
+    return lines(f"{one_line(target)} {one_line(source)} {mode}" for target, source, mode in binds)
+
+
+def parse_network(value: str) -> str:
+    """`none` or `host`."""
+    if value not in ("none", "host"):
+        raise invalid(value)
+    return value
+
+
+def format_network(network: str) -> str:
+    """The inverse."""
+    return f"{network}\n"
+
+
+def parse_limits(value: str) -> tuple[tuple[str, str], ...]:
+    """Lines NAME VALUE; whether the kernel takes a value is seen when it is given to it."""
+    result: dict[str, str] = {}
+    for line in value.splitlines():
+        name, _, text = line.strip().partition(" ")
+        words = text.split()
+        if name not in LIMITS or name in result or not words:
+            raise invalid(line)
+        if len(words) > (2 if name == "cpu.max" else 1):
+            raise invalid(line)
+        if any(word != "max" and not (word.isascii() and word.isdigit()) for word in words):
+            raise invalid(line)
+        if name == "pids.max" and words[0] != "max" and not 1 <= int(words[0]) <= 4194304:
+            raise out_of_range(line)
+        result[name] = " ".join(words)
+    return tuple(result.items())
+
+
+def format_limits(limits: tuple[tuple[str, str], ...]) -> str:
+    """The inverse."""
+    return flat_keyed(limits)
+
+
+def _check_limits(face: Face, limits: tuple[tuple[str, str], ...]) -> None:
+    hierarchies = face.world.hierarchies
+    for name, _ in limits:
+        if name.partition(".")[0] in hierarchies.controllers:
+            continue
+        if name not in V1_FILES or V1_FILES[name][0] not in hierarchies.v1:
+            # Raises EOPNOTSUPP, with the reason.
+            face.container.group.file(name)
+
+
+Parse = Callable[[str], Any]
+Format = Callable[[Any], str]
+
+PARTS: dict[str, tuple[Parse, Format]] = {
+    "rootfs": (parse_rootfs, format_rootfs),
+    "idmap": (parse_idmap, format_idmap),
+    "unshare": (parse_unshare, format_unshare),
+    "binds": (parse_binds, format_binds),
+    "network": (parse_network, format_network),
+    "limits": (parse_limits, format_limits),
+}
+
+
+def _own(name: str) -> Attribute:
+    parse, form = PARTS[name]
+
+    def show(face: Face) -> str:
+        return form(getattr(face.container.build, name))
+
+    async def store(face: Face, value: str, caller: Caller) -> None:
+        container = face.container
+        changed = lifecycle.with_changes(container.build, **{name: parse(value)})
+        if changed != container.build:
+            await lifecycle.rebuild(container, changed, caller)
+
+    return Attribute(name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS)
+
+
+def _default(name: str) -> Attribute:
+    parse, form = PARTS[name]
+
+    def show(face: Face) -> str:
+        return form(face.container.default(name))
+
+    def store(face: Face, value: str, caller: Caller) -> None:
+        container = face.container
+        container.check_alive()
+        if not value.strip() and name not in ("binds", "unshare", "limits"):
+            container.defaults.pop(name, None)
+        else:
+            parsed = parse(value)
+            if name == "limits":
+                _check_limits(face, parsed)
+            container.defaults[name] = parsed
+        container.save()
+
+    return Attribute(name, show=show, store=store)
+
+
+FILES = (
+    *(_own(name) for name in ("rootfs", "idmap", "unshare", "binds")),
+    Directory("defaults", entries=tuple(_default(name) for name in PARTS)),
+)

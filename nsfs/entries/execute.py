@@ -1,0 +1,91 @@
+"""`exec` and `output`: start a command inside, and what such commands print.
+
+exec    0200, one command a write: words split as a shell splits them, nothing expanded; started as
+        the container's root, cwd /, no terminal, output to `output`.  A command that cannot start
+        is an error of the write (ENOENT, EACCES, ENOEXEC, ...).
+output  0440: a bounded log of what those commands print; ends at EOF.
+"""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import time
+
+from nsfs.attribute import HIDDEN, NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
+from nsfs.container import Face
+
+ENVIRONMENT = (
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+    "USER=root",
+    "LOGNAME=root",
+    "SHELL=/bin/sh",
+    "container=nsfs",
+)
+"""What a command finds in its environment: nothing of the host's."""
+
+
+async def exec_store(face: Face, value: str, caller: Caller) -> None:
+    """Split and start; the write returns when the command runs."""
+    try:
+        words = shlex.split(value)
+    except ValueError:
+        raise invalid(value) from None
+    if not words or any("\0" in word for word in words):
+        raise invalid(value)
+    container = face.container
+    container.check_alive()
+    if container.group.events()["frozen"]:
+        raise OSError(errno.EBUSY, "the container is frozen", container.name)
+    await container.world.execute(container, words, ENVIRONMENT)
+
+
+class OutputReader(OpenFile):
+    """An open `output`: from the oldest byte that is kept, to EOF; what comes later is read from
+    there on.
+
+    `base` is the position of the file's offset 0: it moves when bytes were overwritten before they
+    were read.
+    """
+
+    def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
+        super().__init__(face, token, flags, reopened)
+        known = face.world.positions.get(token) if reopened else None
+        self.base = known[0] if known else face.container.output.start
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """Bytes at that offset; b"" at the end."""
+        position: int
+        data: bytes
+        position, data = self.face.container.output.read(self.base + offset, size)
+        if position - offset != self.base or not offset:
+            self.base = position - offset
+            self.face.world.positions.put(self.token, self.base, 0, 0)
+        return data
+
+    def release(self) -> None:
+        """Forget the position."""
+        self.face.world.positions.drop(self.token)
+
+
+class OutputWriter(OpenFile):
+    """What the commands have as standard output and error."""
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """Append, whatever the offset."""
+        self.face.container.output.write(data, time.time_ns())
+        return len(data)
+
+
+def output_mtime(face: Face) -> int:
+    """When something was last printed."""
+    mtime_ns: int = face.container.output.mtime_ns
+    return mtime_ns
+
+
+FILES = (
+    Attribute("exec", store=exec_store, flags=NOT_ON_ROOT),
+    Attribute("output", stream=OutputReader, mode=0o440, flags=NOT_ON_ROOT, mtime=output_mtime),
+    Attribute("nsfs.output", stream=OutputWriter, mode=0o200, flags=NOT_ON_ROOT | HIDDEN),
+)

@@ -1,0 +1,122 @@
+"""`kmsg`: the container's own kernel log.
+
+Outside, a text file: the records, one a line, `prio,seq,usec,flag;text`, ending at EOF; a write
+appends a record, `<N>` giving priority and facility; truncating it clears, as `dmesg -C` does.
+poll(2) says when there is more.  Inside, the same ring is /dev/kmsg, as
+Documentation/ABI/testing/dev-kmsg has it, and /proc/kmsg (proc_kmsg(5)).
+
+A container that shares its parent's log (`unshare` without `syslog`) shows that one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nsfs.attribute import HIDDEN, NOT_ON_ROOT, Attribute, Caller, OpenFile
+from nsfs.container import Face
+from nsfs.logstream import DeviceReader, ProcReader, TextReader
+
+
+class _LogFile(OpenFile):
+    """What the three have in common: the log, and that a write is a record."""
+
+    reader: Any
+
+    def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
+        super().__init__(face, token, flags, reopened)
+        self.log = face.container.log
+        self.known = face.world.positions.get(token) if reopened else None
+        self.nonblock = bool(flags & os.O_NONBLOCK)
+
+    def keep(self, *state: int) -> None:
+        """Put the position where the next daemon finds it."""
+        self.face.world.positions.put(self.token, *state)
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """Append a record."""
+        taken = self.log.write(data, request)
+        self.face.container.log_changed_ns = time.time_ns()
+        return taken
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """Whether there is something to read; it can always be written."""
+        mask: int = self.reader.poll(notify)
+        return mask | select.POLLOUT | select.POLLWRNORM
+
+    def release(self) -> None:
+        """Forget the position."""
+        self.reader.close()
+        self.face.world.positions.drop(self.token)
+
+
+class TextFile(_LogFile):
+    """An open `kmsg` of the tree."""
+
+    def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
+        super().__init__(face, token, flags, reopened)
+        self.reader = TextReader(self.log, self.known, self.keep)
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """Whole lines or parts of them; never waits."""
+        data: bytes = self.reader.read(size, offset)
+        return data
+
+
+class DeviceFile(_LogFile):
+    """An open /dev/kmsg inside."""
+
+    def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
+        super().__init__(face, token, flags, reopened)
+        self.reader = DeviceReader(self.log, self.known, self.keep)
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """One record; waits for it unless the file was opened with O_NONBLOCK."""
+        data: bytes = await self.reader.read(size, offset, nonblock=self.nonblock, token=request)
+        return data
+
+
+class ProcFile(_LogFile):
+    """An open /proc/kmsg inside."""
+
+    def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
+        super().__init__(face, token, flags, reopened)
+        self.reader = ProcReader(self.log)
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """What no other reader has got; waits for it."""
+        data: bytes = await self.reader.read(size, nonblock=self.nonblock, token=request)
+        return data
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """EIO, as proc_reg_write() answers for a file without write operation."""
+        raise OSError(errno.EIO, "cannot be written", "kmsg")
+
+
+def kmsg_truncate(face: Face, caller: Caller) -> None:
+    """Clear: what is there now is no longer shown by `kmsg` and dmesg(1)."""
+    face.container.log.ring.clear()
+    face.container.log_changed_ns = time.time_ns()
+
+
+def kmsg_mtime(face: Face) -> int:
+    """When the last record came, in ns since the Epoch."""
+    return face.container.log_changed_ns
+
+
+FILES = (
+    Attribute(
+        "kmsg",
+        stream=TextFile,
+        truncate=kmsg_truncate,
+        mode=0o640,
+        mtime=kmsg_mtime,
+        flags=NOT_ON_ROOT,
+    ),
+    Attribute("nsfs.kmsg", stream=DeviceFile, mode=0o644, flags=NOT_ON_ROOT | HIDDEN),
+    Attribute("nsfs.pkmsg", stream=ProcFile, mode=0o400, flags=NOT_ON_ROOT | HIDDEN),
+)

@@ -1,0 +1,45 @@
+"""`procs/`: the members of a container.
+
+An entry for each member but the init, those of nested containers included, named by the PID as the
+viewer's PID namespace knows it; it belongs to the process's user, 0644.  Reading one shows,
+flat-keyed, `container` (the path to the one that it is in), `user`, `command` and `since` (seconds
+since the Epoch).  `procs/self` is the viewer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nsfs import members
+from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
+from nsfs.container import Face
+from nsfs.world import process_of
+
+
+def process_show(face: Face, key: int) -> str:
+    """What is known of one member."""
+    return flat_keyed(members.describe(face, members.host_pid(face, key)))
+
+
+def procs_names(face: Face) -> Iterator[tuple[str, int]]:
+    """The PIDs, in the order in which the kernel gives them."""
+    for pid in members.seen_pids(face):
+        yield str(pid), pid
+
+
+def procs_find(face: Face, name: str, caller: Caller) -> int:
+    """The PID of an entry; ENOENT when no such process is a member."""
+    if name == "self":
+        pid = process_of(caller.tid)[0]
+        if members.container_of(face.container, pid) is None:
+            raise members.no_process("self")
+        return members.seen_pid(pid, members.level(face.viewpoint))
+    if not (name.isascii() and name.isdigit() and len(name) <= 7) or name != str(int(name)):
+        raise members.no_process(name)
+    members.host_pid(face, int(name))
+    return int(name)
+
+
+PROCESS = Attribute("PID", show=process_show, mode=0o644)
+
+FILES = (Directory("procs", names=procs_names, find=procs_find, member=PROCESS, mode=0o755),)

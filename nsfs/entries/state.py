@@ -1,0 +1,99 @@
+"""`state`, `init`, `freeze` and `kill`: how a container is, and what becomes of its processes.
+
+state   flat-keyed, 0444: `populated` (1 when it or a container in it has a member besides the
+        inits), `frozen`, `procs` (members, those of nested containers included, no init among
+        them), `containers` (nested in it), `reason` (why the last operation on it failed, where
+        errno says too little).  poll(2) tells of changes by POLLPRI.
+init    the PID of its init as the viewer knows it, 0444; ENODEV when it is dead.
+freeze  0 or 1, 0644: suspend or resume all of it.  What is suspended can still be killed.
+kill    0200: 1 or a signal's name (TERM or SIGTERM), to every member but the inits; the container
+        stays.
+"""
+
+from __future__ import annotations
+
+import signal
+
+from nsfs import members
+from nsfs.attribute import (
+    NOT_ON_ROOT,
+    PARENTS,
+    Attribute,
+    Caller,
+    Watchers,
+    flat_keyed,
+    invalid,
+    parse_bool,
+)
+from nsfs.container import Container, Face
+
+
+def populated(container: Container) -> bool:
+    """Whether it or a container in it has a member besides the inits."""
+    return any(each.populated() for each in (container, *container.descendants()))
+
+
+def state_show(face: Face) -> str:
+    """Everything as it is now."""
+    container = face.container
+    top = container.parent is None
+    return flat_keyed(
+        (
+            ("populated", 1 if top else int(populated(container))),
+            ("frozen", 0 if top else container.group.events()["frozen"]),
+            ("procs", members.count(container)),
+            ("containers", sum(1 for _ in container.descendants())),
+            ("reason", container.reason or "-"),
+        )
+    )
+
+
+def state_watch(face: Face) -> Watchers:
+    """Where changes of the state are told."""
+    return face.container.changed
+
+
+def init_show(face: Face) -> str:
+    """The PID in the viewpoint's PID namespace; 0 when that namespace cannot name it."""
+    container = face.container
+    container.check_alive()
+    return f"{members.seen_pid(container.init_pid, members.level(face.viewpoint))}\n"
+
+
+def freeze_show(face: Face) -> str:
+    """What was last written, whatever becomes of the ancestors."""
+    return f"{int(face.container.group.frozen_by_itself())}\n"
+
+
+def freeze_store(face: Face, value: str, caller: Caller) -> None:
+    """Suspend or resume."""
+    on = parse_bool(value)
+    face.container.check_alive()
+    face.container.group.freeze(on)
+    face.container.tell()
+
+
+def kill_store(face: Face, value: str, caller: Caller) -> None:
+    """Send the signal; EINVAL for what is no signal's name."""
+    word = value.strip().upper()
+    if word == "1":
+        word = "KILL"
+    try:
+        number = signal.Signals["SIG" + word.removeprefix("SIG")]
+    except KeyError:
+        raise invalid(value) from None
+    container = face.container
+    container.check_alive()
+    for each in (container, *container.descendants()):
+        if number == signal.SIGKILL:
+            each.group.kill("payload")
+        else:
+            each.group.signal(number)
+
+
+FILES = (
+    Attribute("init", show=init_show),
+    Attribute("state", show=state_show, watch=state_watch),
+    Attribute("freeze", show=freeze_show, store=freeze_store, flags=NOT_ON_ROOT | PARENTS),
+    Attribute("kill", store=kill_store, flags=NOT_ON_ROOT),
+)

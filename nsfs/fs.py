@@ -1,0 +1,659 @@
+"""The FUSE operations: inodes and handles in, errno out.  This is the only error boundary.
+
+Whatever is below raises OSError; here that becomes its errno, anything else a logged traceback and
+EIO.  An exception that is not FUSEError would end the whole session, so nothing escapes.
+
+Each request may wait, and none may be waited for in vain: the interposer tells of every INTERRUPT,
+which cancels the handler of that request, whatever it waits for, and answers EINTR.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import select
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError
+
+from nsfs import lifecycle, members
+from nsfs.attribute import (
+    HIDDEN,
+    PARENTS,
+    VALUE_MAX,
+    Attribute,
+    Caller,
+    Directory,
+    Entry,
+    Link,
+    OpenFile,
+    Watchers,
+)
+from nsfs.container import Container, Face, Phase
+from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, Names, Node, Tables
+from nsfs.world import Processes, World, process_lives
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 1.0
+"""How long the kernel may believe an entry and its attributes; what changes before is
+invalidated."""
+SIZE = 4096
+"""st_size of every file: 0 would read as empty with sendfile(2) and busybox."""
+CHILD_COOKIE = 1 << 40
+"""Where the directory offsets of children begin, past those of all static entries."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Method = Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]
+
+
+def boundary(method: Method[P, T]) -> Method[P, T]:
+    """Turn whatever a handler raises into a FUSEError, and let an INTERRUPT cancel it."""
+
+    @functools.wraps(method)
+    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> T:
+        unique = self.device.current()[0]
+        scope = trio.CancelScope()
+        self.running[unique] = scope
+        try:
+            with scope:
+                return await method(self, *args, **kwargs)
+            # Only the cancellation leads here: the request was interrupted.
+            raise FUSEError(errno.EINTR)
+        except FUSEError:
+            raise
+        except OSError as error:
+            if error.errno is None:
+                log.exception("%s failed", method.__name__)
+            raise FUSEError(error.errno or errno.EIO) from error
+        except Exception:
+            log.exception("%s failed", method.__name__)
+            raise FUSEError(errno.EIO) from None
+        finally:
+            self.running.pop(unique, None)
+
+    return wrapper  # type: ignore[return-value]
+
+
+class Value(OpenFile):
+    """An open control file: a snapshot for whoever reads, a value from whoever writes."""
+
+    def __init__(self, node: Node, token: int, flags: int, caller: Caller) -> None:
+        super().__init__(node.face, token, flags, False)
+        self.node = node
+        self.entry: Attribute = node.entry  # type: ignore[assignment]
+        self.caller = caller
+        self.snapshot = b""
+        self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
+        self.version = self.watchers.version if self.watchers else 0
+
+    async def _show(self) -> bytes:
+        if self.entry.show is None:
+            raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
+        if self.watchers is not None:
+            self.version = self.watchers.version
+        keyed = (self.node.key,) if self.node.ino & NUMBER_MASK >= KEYED else ()
+        text: Any = self.entry.show(self.face, *keyed)
+        if not isinstance(text, str | bytes):
+            text = await text
+        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """A part of the snapshot that the read at offset 0 took."""
+        if not offset or not self.snapshot:
+            self.snapshot = await self._show()
+        return self.snapshot[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """One value, whatever the offset (`>>` writes at st_size)."""
+        if self.entry.store is None:
+            raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
+        if len(data) > VALUE_MAX:
+            raise OSError(errno.E2BIG, "value too long", self.entry.name)
+        value = data.removesuffix(b"\n")
+        if b"\0" in value:
+            raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
+        result = self.entry.store(self.face, os.fsdecode(value), self.caller)
+        if result is not None:
+            await result
+        return len(data)
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """Readable and writable; POLLPRI and POLLERR when it changed since it was read, as kernfs
+        has it."""
+        ready = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM
+        if self.watchers is None:
+            return ready
+        if notify is not None:
+            self.watchers.add(notify)
+        if self.version != self.watchers.version:
+            return ready | select.POLLPRI | select.POLLERR
+        return ready
+
+
+class Listing:
+    """An open directory: what it lists, by offset."""
+
+    __slots__ = ("cookies", "node", "process", "rows")
+
+    def __init__(self, node: Node, process: tuple[int, int] | None) -> None:
+        self.node = node
+        self.process = process
+        self.cookies: list[int] = []
+        self.rows: list[tuple[int, str, Node]] = []
+
+
+class Operations(pyfuse3.Operations):
+    """The tree, as the kernel asks for it."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, world: World, entries: tuple[Entry, ...], device: Any) -> None:
+        super().__init__()
+        self.world = world
+        self.device = device
+        self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
+        root = Directory("", entries=(*entries, self.faces))
+        names = Names(world.store.names(), world.store.add_name)
+        self.tables = Tables(root, names)
+        self.processes = Processes()
+        self.running: dict[int, trio.CancelScope] = {}
+        self.open_files: dict[int, OpenFile] = {}
+        self.listings: dict[int, Listing] = {}
+        # What a process has seen listed in procs/ it may remove, although the processes have ended
+        # meanwhile.
+        self.listed: dict[tuple[int, int], set[int]] = {}
+        self._token: int = device.generation << 40
+        self.bound_files = {suffix: entry for suffix, entry in _bound_files(entries)}
+
+    # --- requests ---
+
+    def request(self) -> int:
+        """What names the request being dispatched: the same number, should it be asked again."""
+        unique: int = self.device.current()[0]
+        return unique
+
+    def init(self) -> None:
+        """The session has begun."""
+
+    def interrupt(self, unique: int) -> None:
+        """The kernel no longer waits for that request: a signal came for its caller."""
+        scope = self.running.get(unique)
+        if scope is not None:
+            scope.cancel()
+
+    def _new_token(self) -> int:
+        self._token += 1
+        return self._token
+
+    # --- nodes ---
+
+    def node(self, inode: int) -> Node:
+        """The node of an inode number."""
+        face = self.world.face_numbered(inode >> 33)
+        return self.tables.node(face, inode & NUMBER_MASK)
+
+    def directory(self, container: Container, viewpoint: Container) -> Node:
+        """A container's directory as a viewpoint sees it."""
+        return self.tables.of(self.world.face(viewpoint, container), self.tables.root)
+
+    def find(self, parent: Node, name: str, caller: Caller) -> Node:
+        """A name in a directory; FileNotFoundError when it has none of that name."""
+        entry = parent.entry
+        if not isinstance(entry, Directory):
+            raise NotADirectoryError(errno.ENOTDIR, "no directory", name)
+        found = self.tables.child(parent, name)
+        if found is not None:
+            return found
+        if entry is self.tables.root:
+            child = parent.face.container.children.get(name)
+            if child is not None and child.phase not in (Phase.MAKING, Phase.GONE):
+                return self.directory(child, parent.face.viewpoint)
+            if name == ".f" and parent.face.number == 0:
+                return self.tables.of(parent.face, self.faces)
+        elif entry is self.faces:
+            return self._bound(name)
+        elif entry.find is not None:
+            key = self._find_keyed(entry, parent, name, caller)
+            return self.tables.of(parent.face, entry.member or entry, key)
+        raise FileNotFoundError(errno.ENOENT, "no such file or directory", name)
+
+    def _find_keyed(self, entry: Directory, parent: Node, name: str, caller: Caller) -> int:
+        assert entry.find is not None
+        try:
+            return entry.find(parent.face, name, caller)
+        except FileNotFoundError:
+            # rm and find remove what they have listed, and take it ill when it is gone by then.
+            if name.isdigit() and self.listed:
+                inode = self.tables.of(parent.face, entry.member or entry, int(name)).ino
+                if inode in self.listed.get(self.processes.of(caller.tid), ()):
+                    return int(name)
+            raise
+
+    def _bound(self, name: str) -> Node:
+        """What nsfs binds into containers: `.f/FACE`, or one of its files `.f/FACE.SUFFIX`."""
+        number, _, suffix = name.partition(".")
+        if not number.isdigit():
+            raise FileNotFoundError(errno.ENOENT, "no such face", name)
+        try:
+            face = self.world.face_numbered(int(number))
+        except OSError:
+            raise FileNotFoundError(errno.ENOENT, "no such face", name) from None
+        if not suffix:
+            return self.tables.of(face, self.tables.root)
+        entry = self.bound_files.get(suffix)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, "no such face", name)
+        return self.tables.of(face, entry)
+
+    def attributes(self, node: Node) -> EntryAttributes:
+        """What stat(2) says of a node."""
+        face: Face = node.face
+        entry = node.entry
+        container = face.container
+        attr = EntryAttributes()
+        attr.st_ino = pyfuse3.InodeT(node.ino)
+        attr.generation = 0
+        attr.entry_timeout = attr.attr_timeout = TIMEOUT_S
+        number = node.ino & NUMBER_MASK
+        mtime_ns = int(container.since * 1e9)
+        if entry is self.tables.root:
+            mode = face.directory_mode()
+            uid, gid = face.owner(None)
+        elif number >= KEYED:
+            mode = entry.mode
+            uid, gid = self._process_owner(node)
+            attr.entry_timeout = attr.attr_timeout = 0
+        else:
+            mode = face.mode(entry, number)
+            uid, gid = face.owner(entry, number)
+            if isinstance(entry, Attribute) and entry.mtime is not None:
+                mtime_ns = max(mtime_ns, entry.mtime(face))
+                attr.attr_timeout = 0
+            if entry is self.faces:
+                uid = gid = 0
+        attr.st_mode = pyfuse3.ModeT(mode)
+        attr.st_nlink = 1
+        attr.st_uid, attr.st_gid = uid, gid
+        attr.st_rdev = 0
+        attr.st_size = 0 if stat.S_ISDIR(mode) else SIZE
+        attr.st_blksize = 4096
+        attr.st_blocks = 0
+        attr.st_atime_ns = attr.st_ctime_ns = attr.st_mtime_ns = mtime_ns
+        return attr
+
+    def _process_owner(self, node: Node) -> tuple[int, int]:
+        try:
+            return members.owner(members.host_pid(node.face, node.key))
+        except OSError:
+            owner: tuple[int, int] = node.face.owner(None)
+            return owner
+
+    @boundary
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> EntryAttributes:
+        """FUSE_LOOKUP."""
+        parent = self.node(parent_inode)
+        found = self.find(parent, os.fsdecode(name), _caller(ctx))
+        return self.attributes(found)
+
+    async def forget(self, inode_list: Any) -> None:
+        """FUSE_FORGET: nodes are not kept, so there is nothing to forget."""
+
+    @boundary
+    async def getattr(self, inode: int, ctx: Any) -> EntryAttributes:
+        """FUSE_GETATTR."""
+        return self.attributes(self.node(inode))
+
+    @boundary
+    async def setattr(
+        self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
+    ) -> EntryAttributes:
+        """FUSE_SETATTR: chmod and chown change authority, truncation is the file's own; times are
+        accepted and nothing comes of them."""
+        node = self.node(inode)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            self._change_owner(node, attr, fields)
+        if fields.update_size and isinstance(node.entry, Attribute):
+            self._check_writable(node)
+            if node.entry.truncate is not None:
+                node.entry.truncate(node.face, _caller(ctx))
+        return self.attributes(node)
+
+    def _change_owner(self, node: Node, attr: Any, fields: Any) -> None:
+        face, container = node.face, node.face.container
+        number = node.ino & NUMBER_MASK
+        if face.inner or number >= KEYED or node.entry is self.faces:
+            raise PermissionError(errno.EPERM, "its owner is not to be changed", node.entry.name)
+        now = self.attributes(node)
+        mode = (attr.st_mode if fields.update_mode else now.st_mode) & 0o777
+        uid = attr.st_uid if fields.update_uid else now.st_uid
+        gid = attr.st_gid if fields.update_gid else now.st_gid
+        if node.entry is self.tables.root:
+            container.mode, container.uid, container.gid = mode, uid, gid
+        else:
+            container.overrides[number] = (mode, uid, gid)
+        container.save()
+        for other in self.world.known_faces(container):
+            if other is not face:
+                self._invalidate_inode(self.tables.of(other, node.entry).ino)
+
+    def _invalidate_inode(self, inode: int) -> None:
+        try:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+        except OSError as error:
+            # The kernel does not know the inode: then it has nothing old of it.
+            if error.errno != errno.ENOENT:
+                raise
+
+    @boundary
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        """FUSE_READLINK."""
+        node = self.node(inode)
+        if not isinstance(node.entry, Link):
+            raise OSError(errno.EINVAL, "no link", node.entry.name)
+        target = node.entry.target(node.face)
+        return os.fsencode(target if isinstance(target, str) else await target)
+
+    # --- directories ---
+
+    def rows(self, node: Node) -> Iterator[tuple[int, str, Node]]:
+        """What a directory lists: (offset, name, node), in the order of offsets.
+
+        Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
+        meanwhile, and whoever the daemon is.
+        """
+        index = 0
+        entry = node.entry
+        for index, child in enumerate(self.tables.children(node), 1):
+            yield index, child.entry.name, child
+        if entry is self.tables.root:
+            viewpoint = node.face.viewpoint
+            for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
+                if each.phase not in (Phase.MAKING, Phase.GONE):
+                    yield CHILD_COOKIE + each.number, each.name, self.directory(each, viewpoint)
+        elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
+            for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
+                yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
+
+    @boundary
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        """FUSE_OPENDIR."""
+        node = self.node(inode)
+        keyed = isinstance(node.entry, Directory) and node.entry.member is not None
+        token = self._new_token()
+        self.listings[token] = Listing(node, self.processes.of(ctx.pid) if keyed else None)
+        return token
+
+    @boundary
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        """FUSE_READDIRPLUS."""
+        listing = self.listings.get(fh)
+        if listing is None:
+            # Opened with an earlier daemon.
+            listing = self.listings[fh] = Listing(self.node(self.device.current()[1]), None)
+        if not start_id or not listing.rows:
+            listing.rows = list(self.rows(listing.node))
+            listing.cookies = [row[0] for row in listing.rows]
+            if listing.process is not None:
+                for process in [p for p in self.listed if not process_lives(p)]:
+                    del self.listed[process]
+                seen = self.listed.setdefault(listing.process, set())
+                seen.update(row[2].ino for row in listing.rows)
+        for row in listing.rows[bisect_right(listing.cookies, start_id) :]:
+            cookie, name, node = row
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), self.attributes(node), cookie):
+                break
+
+    @boundary
+    async def releasedir(self, fh: int) -> None:
+        """FUSE_RELEASEDIR."""
+        self.listings.pop(fh, None)
+
+    @boundary
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
+        """FUSE_MKDIR: make a container."""
+        unique = self.request()
+        parent = self.node(parent_inode)
+        if parent.entry is not self.tables.root:
+            raise PermissionError(
+                errno.EPERM, "containers are made in containers", parent.entry.name
+            )
+        text = os.fsdecode(name)
+        if self.tables.child(parent, text) is not None:
+            raise OSError(errno.EEXIST, "the name is taken", text)
+        if parent.face.container.parent is not None and self._fully_marked(parent):
+            raise FileNotFoundError(errno.ENOENT, "the parent is being removed", text)
+        made = await lifecycle.make(
+            parent.face.container, text, _caller(ctx), request=unique, mode=mode & 0o777
+        )
+        return self.attributes(self.directory(made, parent.face.viewpoint))
+
+    @boundary
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        """FUSE_RMDIR: remove an idle container, or one whose entries have all been removed, with
+        all in it."""
+        parent = self.node(parent_inode)
+        text = os.fsdecode(name)
+        node = self.find(parent, text, _caller(ctx))
+        if node.entry is not self.tables.root:
+            if not isinstance(node.entry, Directory):
+                raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
+            if node.entry.member is None and not self._fully_marked(node):
+                raise OSError(errno.ENOTEMPTY, "only rm -rf of the container removes it", text)
+            self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
+            return
+        container = node.face.container
+        if self._fully_marked(node):
+            lifecycle.end(container)
+        else:
+            lifecycle.remove_idle(container)
+        self.forget_name(parent, container, text)
+
+    def forget_name(self, parent: Node, container: Container, name: str) -> None:
+        """Have the kernel drop a container's name wherever else it is seen."""
+        for face in self.world.known_faces(parent.face.container):
+            if face is not parent.face:
+                directory = self.tables.of(face, self.tables.root).ino
+                inode = self.directory(container, face.viewpoint).ino
+                pyfuse3.invalidate_entry_async(
+                    pyfuse3.InodeT(directory),
+                    pyfuse3.FileNameT(os.fsencode(name)),
+                    pyfuse3.InodeT(inode),
+                    ignore_enoent=True,
+                )
+
+    def _fully_marked(self, node: Node) -> bool:
+        """Whether living processes have removed all static entries of a directory."""
+        marked = self.world.marks.union(node.ino)
+        return bool(marked) and all(c.entry.name in marked for c in self.tables.children(node))
+
+    @boundary
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        """FUSE_UNLINK: accepted, but only noted; see `tree.Marks`."""
+        parent = self.node(parent_inode)
+        text = os.fsdecode(name)
+        node = self.find(parent, text, _caller(ctx))
+        if isinstance(node.entry, Directory):
+            raise IsADirectoryError(errno.EISDIR, "a directory", text)
+        if parent.entry is self.faces:
+            raise PermissionError(errno.EPERM, "not to be removed", text)
+        self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
+
+    @boundary
+    async def rename(
+        self, old_parent: int, old: bytes, new_parent: int, new: bytes, flags: int, ctx: Any
+    ) -> None:
+        """FUSE_RENAME: give a container another name."""
+        if flags & ~int(pyfuse3.RENAME_NOREPLACE):
+            raise OSError(errno.EINVAL, "containers cannot change places", os.fsdecode(old))
+        source, target = self.node(old_parent), self.node(new_parent)
+        old_name, new_name = os.fsdecode(old), os.fsdecode(new)
+        node = self.find(source, old_name, _caller(ctx))
+        if node.entry is not self.tables.root or target.entry is not self.tables.root:
+            raise PermissionError(errno.EPERM, "only containers are renamed", old_name)
+        if source.face.container is not target.face.container:
+            # Not EXDEV: mv(1) would then copy and delete.
+            raise PermissionError(errno.EPERM, "namespaces cannot be re-nested", old_name)
+        if self.tables.child(target, new_name) is not None:
+            raise OSError(errno.EEXIST, "the name is taken", new_name)
+        lifecycle.rename(source.face.container, old_name, new_name)
+        self.forget_name(source, node.face.container, old_name)
+
+    @boundary
+    async def link(self, inode: int, new_parent: int, new: bytes, ctx: Any) -> EntryAttributes:
+        """FUSE_LINK: enter a container."""
+        source, target = self.node(inode), self.node(new_parent)
+        entry = target.entry
+        keyed = source.ino & NUMBER_MASK >= KEYED
+        if not isinstance(entry, Directory) or entry.link is None or not keyed:
+            raise PermissionError(errno.EPERM, "only processes are linked", os.fsdecode(new))
+        name = os.fsdecode(new)
+        await entry.link(target.face, name, source.face, source.key, _caller(ctx))
+        return self.attributes(source)
+
+    @boundary
+    async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        """FUSE_CREATE: there are no files but the control files."""
+        raise PermissionError(errno.EPERM, "no files are made here", os.fsdecode(name))
+
+    @boundary
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        """FUSE_MKNOD: likewise."""
+        raise PermissionError(errno.EPERM, "no files are made here", os.fsdecode(name))
+
+    @boundary
+    async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
+        """FUSE_SYMLINK: likewise."""
+        raise PermissionError(errno.EPERM, "no files are made here", os.fsdecode(name))
+
+    # --- files ---
+
+    def _check_writable(self, node: Node) -> None:
+        # Inside, root has CAP_DAC_OVERRIDE over files that are its own: the mode alone does not
+        # stop it.
+        if node.face.inner and PARENTS in node.entry.flags:
+            raise PermissionError(errno.EACCES, "it is the parent's to change", node.entry.name)
+
+    @boundary
+    async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
+        """FUSE_OPEN."""
+        node = self.node(inode)
+        token = self._new_token()
+        self.open_files[token] = self._open(node, token, flags, _caller(ctx), False)
+        if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
+            node.entry.truncate(node.face, _caller(ctx))
+        return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
+
+    def _open(self, node: Node, token: int, flags: int, caller: Caller, reopened: bool) -> OpenFile:
+        entry = node.entry
+        if not isinstance(entry, Attribute):
+            raise OSError(errno.EINVAL, "no file", entry.name)
+        access = flags & os.O_ACCMODE
+        if access != os.O_RDONLY:
+            self._check_writable(node)
+        if entry.stream is not None:
+            return entry.stream(node.face, token, flags, reopened)
+        # As kernfs_fop_open() has it: what no show or store is for cannot be opened for it, by root
+        # neither.
+        if not reopened and (
+            (access != os.O_WRONLY and entry.show is None)
+            or (access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200)
+        ):
+            raise OSError(errno.EINVAL, "not for that", entry.name)
+        return Value(node, token, flags, caller)
+
+    def _opened(self, fh: int) -> OpenFile:
+        """An open file; one that an earlier daemon opened is made again from the inode of the
+        request."""
+        found = self.open_files.get(fh)
+        if found is None:
+            node = self.node(self.device.current()[1])
+            found = self._open(node, fh, os.O_RDWR, Caller(0, 0, 0), True)
+            self.open_files[fh] = found
+        return found
+
+    @boundary
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """FUSE_READ."""
+        unique = self.request()
+        return await self._opened(fh).read(off, size, unique)
+
+    @boundary
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """FUSE_WRITE."""
+        unique = self.request()
+        return await self._opened(fh).write(off, buf, unique)
+
+    @boundary
+    async def release(self, fh: int) -> None:
+        """FUSE_RELEASE."""
+        found = self.open_files.pop(fh, None)
+        if found is None:
+            self.world.positions.drop(fh)
+        else:
+            found.release()
+
+    @boundary
+    async def poll(self, inode: int, fh: int, handle: Any, ctx: Any) -> int:
+        """FUSE_POLL."""
+        return self._opened(fh).poll(None if handle is None else handle.notify)
+
+    @boundary
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        """FUSE_STATFS: nothing is stored here."""
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = data.f_bfree = data.f_bavail = 0
+        data.f_files = data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+    async def flush(self, fh: int) -> None:
+        """FUSE_FLUSH: ENOSYS, once, spares a request for each close(2)."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        """FUSE_GETXATTR: ENOSYS, once, likewise for each `ls -l`."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def listxattr(self, inode: int, ctx: Any) -> Any:
+        """FUSE_LISTXATTR: likewise."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        """FUSE_SETXATTR: likewise."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
+        """FUSE_REMOVEXATTR: likewise."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """FUSE_FSYNC: likewise."""
+        raise FUSEError(errno.ENOSYS)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """FUSE_FSYNCDIR: likewise."""
+        raise FUSEError(errno.ENOSYS)
+
+
+def _caller(ctx: Any) -> Caller:
+    return Caller(ctx.pid, ctx.uid, ctx.gid)
+
+
+def _bound_files(entries: tuple[Entry, ...]) -> Iterator[tuple[str, Entry]]:
+    for entry in entries:
+        if HIDDEN in entry.flags and entry.name.startswith("nsfs."):
+            yield entry.name.removeprefix("nsfs."), entry
+
+
+assert ROOT_NUMBER == pyfuse3.ROOT_INODE

@@ -1,0 +1,363 @@
+"""The life of a container: make, rebuild, rename, kill, remove.
+
+What is done to the kernel is recorded first.  Removing never waits for processes to end: the
+caller's rmdir(2) holds the lock of the directory above, and one of those processes may be waiting
+for just that lock.  So all of it is killed and detached, the request is answered, and a task in the
+background sees the last one out and takes down the groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from nsfs import idmap
+from nsfs.attribute import Caller
+from nsfs.authority import check_rootfs
+from nsfs.container import (
+    Build,
+    Container,
+    Phase,
+    check_name,
+    overflow_hostname,
+    reserved,
+)
+from nsfs.spawner import Recipe
+from nsfs.world import World
+
+log = logging.getLogger(__name__)
+
+
+async def make(
+    parent: Container,
+    name: str,
+    caller: Caller,
+    *,
+    mode: int = 0o755,
+    request: int = 0,
+    build: Build | None = None,
+) -> Container:
+    """Make a container that is ready when this returns.
+
+    Raises FileExistsError, EINVAL for a name that cannot be, ENODEV or ENOENT when the parent is
+    dead or being removed, and whatever the kernel says to its parts (ENOSPC for a limit of
+    namespaces). Nothing is left behind by a failure.  `request` names the FUSE request: the same
+    one again, asked of the next daemon, finds its work done.
+    """
+    world = parent.world
+    check_name(name)
+    existing = parent.children.get(name)
+    if existing is not None and request and existing.request == request:
+        return existing
+    if existing is not None or reserved(name):
+        raise OSError(errno.EEXIST, "the name is taken", name)
+    if parent.dying:
+        raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
+    parent.check_alive()
+    if parent.group.frozen_by_itself() if parent.parent is not None else False:
+        raise OSError(errno.EBUSY, "the parent is frozen", parent.name)
+    each = world.new_container(parent, name, build or parent.child_build())
+    each.uid, each.gid, each.mode = caller.uid, caller.gid, mode
+    each.request = request
+    try:
+        _give_ids(each)
+        each.save()
+        _make_groups(each)
+        await _start(each, caller)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            parent.reason = _reason(error, name)
+        _detach(each)
+        _begin_end(each)
+        raise
+    parent.tell()
+    return each
+
+
+def _reason(error: OSError, name: str) -> str:
+    text = error.strerror or str(error)
+    return f"{name}: {text}"
+
+
+def _give_ids(container: Container) -> None:
+    """Choose the IDs of its user namespace; the map in the host's IDs is kept with it."""
+    parent, world, text = container.parent, container.world, container.build.idmap
+    assert parent is not None
+    container.range, container.slice = None, 0
+    if "user" not in container.build.types:
+        container.map = parent.map
+        return
+    if text == "auto":
+        holder = parent.holder("user")
+        if holder.parent is None:
+            used = [c.range for c in world.containers.values() if c.range is not None]
+            container.range = world.ranges.take(used)
+            container.map = ((0, container.range, world.ranges.size),)
+            return
+        siblings = [c.slice for c in holder.descendants() if c.holder("user").parent is not None]
+        number = idmap.slice_for(parent.map, siblings)
+        container.slice = number or 0
+        size = _own_range(parent.map)
+        lines: idmap.Map = (
+            ((0, number * idmap.IDS, idmap.IDS),) if number else ((0, 0, min(size, idmap.IDS)),)
+        )
+    elif text == "host":
+        lines = tuple((inside, inside, count) for inside, _, count in parent.map)
+    else:
+        lines = idmap.parse(text)
+    container.map = idmap.compose(parent.map, lines)
+
+
+def _own_range(table: idmap.Map) -> int:
+    """How many IDs from 0 on are mapped without a gap."""
+    end = 0
+    for inside, _, count in sorted(table):
+        if inside > end:
+            break
+        end = max(end, inside + count)
+    return end
+
+
+def _map_in_parent(container: Container) -> idmap.Map:
+    """The container's map in its parent's IDs, as uid_map takes it when the parent writes it."""
+    assert container.parent is not None
+    result = []
+    for inside, outside, count in container.map:
+        mapped = idmap.to_inside(container.parent.map, outside)
+        if mapped is None:
+            raise PermissionError(errno.EPERM, "IDs that the parent does not have", str(outside))
+        result.append((inside, mapped, count))
+    return tuple(result)
+
+
+def _make_groups(container: Container) -> None:
+    assert container.parent is not None
+    if container.parent.parent is not None:
+        container.parent.group.create_sub()
+    container.group.create(container.root_uid, container.root_gid)
+    for name, value in container.build.limits:
+        container.group.set(name, value)
+
+
+@contextlib.contextmanager
+def _listening(path: str) -> Iterator[socket.socket]:
+    """The socket on which the init listens from its first instruction on."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        yield listener
+
+
+async def _start(container: Container, caller: Caller) -> None:
+    """Start the init in groups that are there; on success the container runs."""
+    world, build, parent = container.world, container.build, container.parent
+    assert parent is not None
+    with contextlib.ExitStack() as stack:
+        rootfs_fd = None
+        if build.rootfs != "host":
+            rootfs_fd = await world.spawner.tree(caller.tid, build.rootfs)
+            stack.callback(os.close, rootfs_fd)
+            check_rootfs(rootfs_fd, build.rootfs, caller, container)
+        binds = []
+        for target, source, mode in build.binds:
+            bind_fd = await world.spawner.tree(caller.tid, source)
+            stack.callback(os.close, bind_fd)
+            binds.append((target, bind_fd, mode == "ro"))
+        listener = stack.enter_context(_listening(world.store.socket_path(container.number)))
+        pid = await world.spawner.make(
+            Recipe(
+                face=container.number,
+                hostname=overflow_hostname(container.name),
+                unshare=build.types,
+                parent_pid=None if parent.parent is None else parent.init_pid,
+                owner_uid=container.uid,
+                owner_gid=container.gid,
+                uid_map=_map_in_parent(container) if "user" in build.types else (),
+                gid_map=_map_in_parent(container) if "user" in build.types else (),
+                root_uid=container.root_uid,
+                cgroup=container.group.path,
+                v1=tuple(container.group.v1.values()),
+                rootfs_fd=rootfs_fd,
+                idmap_rootfs="user" in build.types,
+                binds=tuple(binds),
+                listen_fd=listener.fileno(),
+            )
+        )
+    container.init_pid = pid
+    container.phase = Phase.RUNNING
+    container.reason = ""
+    container.save()
+    world.watch(container)
+
+
+async def rebuild(container: Container, build: Build, caller: Caller) -> None:
+    """Build an idle container anew.  EBUSY when it is not idle; on any error it is as it was.
+
+    The old init is gone before the new one starts: they would share the groups.  Should the new one
+    not start, the old construction is started again.
+    """
+    container.check_alive()
+    container.check_idle()
+    world, before = container.world, container.build
+    before_ids = (container.map, container.range, container.slice)
+    container.busy = True
+    try:
+        container.build = build
+        try:
+            _give_ids(container)
+        except OSError:
+            container.build = before
+            container.map, container.range, container.slice = before_ids
+            raise
+        world.unwatch(container)
+        container.group.kill()
+        await _emptied(container)
+        try:
+            _remake_groups(container)
+            await _start(container, caller)
+        except OSError as error:
+            container.reason = _reason(error, container.name)
+            container.group.kill()
+            await _emptied(container)
+            container.build = before
+            container.map, container.range, container.slice = before_ids
+            _remake_groups(container)
+            await _start(container, caller)
+            container.reason = _reason(error, container.name)
+            raise
+    finally:
+        container.busy = False
+    world.look_at(container)
+
+
+def _remake_groups(container: Container) -> None:
+    container.group.remove()
+    _make_groups(container)
+
+
+def rename(parent: Container, old: str, new: str) -> Container:
+    """Give a child another name: nothing but the name and its record changes."""
+    each = parent.children.get(old)
+    if each is None or each.phase is Phase.MAKING:
+        raise FileNotFoundError(errno.ENOENT, "no such container", old)
+    check_name(new)
+    if new == old:
+        return each
+    if new in parent.children or reserved(new):
+        raise OSError(errno.EEXIST, "the name is taken", new)
+    each.name = new
+    each.save()
+    del parent.children[old]
+    parent.children[new] = each
+    parent.tell()
+    return each
+
+
+def remove_idle(container: Container) -> None:
+    """rmdir(2) of a container.  ENOTEMPTY when there are others in it, EBUSY when it has
+    members."""
+    if container.children:
+        raise OSError(errno.ENOTEMPTY, "containers are nested in it", container.name)
+    container.check_idle()
+    end(container)
+
+
+def end(container: Container) -> None:
+    """Kill all that is in it and take it out of the tree.
+
+    When this returns every process has its SIGKILL and nothing can fork out of it; the last ones
+    leave in the background.
+    """
+    doomed = [*container.descendants(), container]
+    parent = container.parent
+    assert parent is not None
+    for each in doomed:
+        each.dying = True
+    _detach(container)
+    _begin_end(container)
+    parent.tell()
+
+
+def _detach(container: Container) -> None:
+    parent = container.parent
+    assert parent is not None
+    if parent.children.get(container.name) is container:
+        del parent.children[container.name]
+    for each in [*container.descendants(), container]:
+        each.phase = Phase.GONE
+        each.world.unwatch(each)
+    with contextlib.suppress(OSError):
+        container.save()
+
+
+def _begin_end(container: Container) -> None:
+    """Kill what is in the groups and leave the rest to the background."""
+    container.group.kill()
+    world = container.world
+    for each in [*container.descendants(), container]:
+        each.tell()
+    world.start(finish, container)
+
+
+async def finish(container: Container) -> None:
+    """See the last process out of a killed container and remove what is left of it."""
+    world = container.world
+    with trio.CancelScope(shield=True):
+        while True:
+            container.group.kill()
+            await _emptied(container)
+            if container.group.remove():
+                break
+            await trio.sleep(0.01)
+    for each in [*container.descendants(), container]:
+        world.forget(each)
+
+
+async def _emptied(container: Container) -> None:
+    """Wait until nothing is in the container's groups any more.
+
+    cgroup.events tells by POLLPRI; the kernel limits how often, so look again now and then.
+    """
+    try:
+        fd = os.open(f"{container.group.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    os.close(fd)
+    pause_s = 0.0005
+    while container.group.events()["populated"]:
+        await trio.sleep(pause_s)
+        pause_s = min(pause_s * 2, 0.05)
+
+
+def is_directory(fd: int) -> bool:
+    """Whether a descriptor is of a directory."""
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
+def with_changes(build: Build, **changes: Any) -> Build:
+    """A construction with some parts changed."""
+    return replace(build, **changes)
+
+
+async def resume(world: World) -> None:
+    """Take up what the last daemon left: finish what was being undone or removed, watch the
+    rest."""
+    doomed, kept = world.load()
+    for each in doomed:
+        each.group.kill()
+        world.start(finish, each)
+    for each in kept:
+        if each.phase is Phase.RUNNING:
+            world.watch(each)
+            world.look_at(each)

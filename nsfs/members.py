@@ -1,0 +1,185 @@
+"""Members: which processes are in a container, and how a viewpoint numbers them.
+
+Membership is the kernel's: the cgroup.  A process is in the container whose group it is in and in
+all that this is nested in.  PIDs are the viewpoint's, read from `NSpid` (proc_pid_status(5)): one
+PID for each PID namespace from the reader's down to the process's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+from collections.abc import Iterator
+
+from nsfs import cgroup, idmap
+from nsfs.container import Container, Face
+
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def no_process(pid: object) -> FileNotFoundError:
+    """ENOENT for a PID that is no member."""
+    return FileNotFoundError(errno.ENOENT, "no such process in it", str(pid))
+
+
+def host_pids(container: Container) -> Iterator[int]:
+    """Host PIDs of the members, those of nested containers included, no init among them."""
+    if container.parent is None:
+        inits = {c.init_pid for c in container.world.containers.values()}
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) not in inits:
+                yield int(name)
+        return
+    yield from container.group.pids()
+    for each in container.descendants():
+        yield from each.group.pids()
+
+
+def count(container: Container) -> int:
+    """How many members it has."""
+    return sum(1 for _ in host_pids(container))
+
+
+def level(viewpoint: Container) -> int:
+    """How many PID namespaces the viewpoint is below the host's: its place in `NSpid`."""
+    return sum(1 for each in viewpoint.lineage() if each.parent is not None and each.own("pid"))
+
+
+def _status(pid: int) -> dict[str, str]:
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            pairs = (line.partition(":\t") for line in file)
+            return {key: value.rstrip("\n") for key, _, value in pairs}
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_process(pid) from error
+
+
+def seen_pid(pid: int, depth: int) -> int:
+    """How a viewpoint at that level numbers a process of the host's PID; 0 when it cannot."""
+    if not depth:
+        return pid
+    numbers = _status(pid).get("NSpid", "").split()
+    return int(numbers[depth]) if depth < len(numbers) else 0
+
+
+def seen_pids(face: Face) -> Iterator[int]:
+    """The members, as the face's viewpoint numbers them."""
+    depth = level(face.viewpoint)
+    for pid in host_pids(face.container):
+        if not depth:
+            yield pid
+            continue
+        try:
+            seen = seen_pid(pid, depth)
+        except FileNotFoundError:
+            continue
+        if seen:
+            yield seen
+
+
+def host_pid(face: Face, seen: int) -> int:
+    """The host's PID of a member that the viewpoint knows by `seen`; FileNotFoundError for
+    another's."""
+    depth = level(face.viewpoint)
+    container = face.container
+    if not depth:
+        if container.parent is None:
+            if seen == container.init_pid or not os.path.exists(f"/proc/{seen}"):
+                raise no_process(seen)
+            return seen
+        if container_of(container, seen) is None:
+            raise no_process(seen)
+        return seen
+    for pid in host_pids(container):
+        try:
+            if seen_pid(pid, depth) == seen:
+                return pid
+        except FileNotFoundError:
+            continue
+    raise no_process(seen)
+
+
+def container_of(top: Container, pid: int) -> Container | None:
+    """The container, `top` or one nested in it, that a process of the host's PID is a member of;
+    None for an init and for a process that is not in `top`."""
+    try:
+        path = cgroup.membership(pid)
+    except ProcessLookupError:
+        return None
+    world = top.world
+    prefix = f"/{world.root.group.relative}/"
+    if not path.startswith(prefix):
+        return top if top.parent is None else None
+    found: Container | None = None
+    parts = path[len(prefix) :].split("/")
+    # ID, then either "sub" and the next ID, or what kind of process it is.
+    while parts and parts[0].isdigit():
+        found = world.containers.get(int(parts[0]))
+        if len(parts) > 1 and parts[1] == "sub":
+            parts = parts[2:]
+        else:
+            break
+    if found is None or len(parts) < 2 or parts[1] != "payload":
+        return None
+    return found if top in found.lineage() else None
+
+
+def owner(pid: int) -> tuple[int, int]:
+    """The host's real IDs of a process: (uid, gid)."""
+    status = _status(pid)
+    return int(status["Uid"].split()[0]), int(status["Gid"].split()[0])
+
+
+def describe(face: Face, pid: int) -> list[tuple[str, object]]:
+    """What reading `procs/PID` shows of the process with that PID of the host."""
+    status = _status(pid)
+    uid = int(status["Uid"].split()[0])
+    inside = idmap.to_inside(face.viewpoint.map, uid)
+    home = container_of(face.container, pid) or face.container
+    return [
+        ("container", face.path_to(home)),
+        ("user", 65534 if inside is None else _user_name(face, inside)),
+        ("command", command(pid, status.get("Name", ""))),
+        ("since", f"{started(pid):.2f}"),
+    ]
+
+
+def _user_name(face: Face, uid: int) -> str:
+    # Names are the host's: another viewpoint has a user database of its own, which is not ours to
+    # read.
+    if face.viewpoint.parent is None:
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            pass
+    return str(uid)
+
+
+def command(pid: int, name: str) -> str:
+    """The command line with its control characters escaped; `[name]` for one that has none."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            raw = file.read(4096)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_process(pid) from error
+    words = raw.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return text or f"[{name}]"
+
+
+def started(pid: int) -> float:
+    """When a process started, in seconds since the Epoch."""
+    from nsfs.world import start_time
+
+    try:
+        ticks = start_time(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise no_process(pid) from error
+    return boot_time() + ticks / CLOCK_TICKS
+
+
+def boot_time() -> float:
+    """When the machine was booted, in seconds since the Epoch (`btime` of proc_stat(5))."""
+    with open("/proc/stat", encoding="ascii") as file:
+        return float(next(line.split()[1] for line in file if line.startswith("btime")))

@@ -1,0 +1,570 @@
+"""Client of the two C programs: the spawner, which makes containers, and the init of each.
+
+Messages are those of csrc/protocol.h.  Errors are OSError with the errno that the system call gave
+and, as strerror, the words for the step that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import trio
+
+LIBEXEC = Path(__file__).parent / "libexec"
+
+CLONE_NEW = {
+    "time": 0x00000080,
+    "mnt": 0x00020000,
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
+    "ipc": 0x08000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "net": 0x40000000,
+}
+"""The types of namespace and their clone flags (linux/sched.h)."""
+
+_REQUEST = struct.Struct("=QIIIIiiIIIIIIQII")
+_EXTENT = struct.Struct("=III")
+_REPLY = struct.Struct("=QiIiI128s")
+_INIT_REQUEST = struct.Struct("=IIQIIIIII")
+_INIT_REPLY = struct.Struct("=IiIi")
+_UCRED = struct.Struct("=iII")
+_MESSAGE_MAX = 65536
+_SOCKET_FD = 3
+_BINDS_MAX = 64
+
+# enum spawner_op
+_MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
+# enum spawner_flag
+_FILTER, _ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4, 8
+# enum init_op, enum init_flag, enum init_reply_op
+_EXEC, _WAIT = 1, 2
+_KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
+_STARTED, _FAILED, _EXITED = 1, 2, 3
+
+FEATURES = {1: "idmapped_root", 2: "remapped_root"}
+"""What the spawner found out by trying: whether the host's root filesystem can be shown without IDs,
+and whether a root that has an idmap can (both: no socket in it can be connected to)."""
+
+STEPS = (
+    "",
+    "bad request",
+    "out of memory or descriptors",
+    "clone: a limit of processes, namespaces or the cgroup",
+    "joining the parent's namespaces",
+    "the parent's user namespace does not map the owner",
+    "writing the ID maps",
+    "joining the cgroups",
+    "the root filesystem's tree",
+    "idmapping the root filesystem",
+    "the files of the mount",
+    "mounting /proc, /sys, /dev and private directories",
+    "binds",
+    "pivot_root",
+    "becoming root inside",
+    "setting the hostname",
+    "the network namespace",
+    "the system-call filter",
+    "exec",
+    "the deadline",
+    "it was killed",
+    "no such process",
+    "the path",
+    "the output file",
+    "standard descriptors",
+    "the working directory",
+    "the terminal",
+)
+"""Words for enum step."""
+
+
+def _error(number: int, step: int) -> OSError:
+    words = STEPS[step] if step < len(STEPS) else f"step {step}"
+    return OSError(-number, f"{words}: {os.strerror(-number)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a container is made of."""
+
+    face: int
+    """The number of its inner face, `.f/FACE` of the mount."""
+    hostname: str
+    unshare: frozenset[str]
+    """The types of namespace that are its own; the others are its parent's."""
+    parent_pid: int | None
+    """The host's PID of the parent's init; None when the parent is the host."""
+    owner_uid: int
+    owner_gid: int
+    """Host IDs; they own the user namespace, so they may join."""
+    uid_map: tuple[tuple[int, int, int], ...]
+    gid_map: tuple[tuple[int, int, int], ...]
+    """(inside, the parent's ID, count)."""
+    root_uid: int
+    """The host's ID of the container's root."""
+    cgroup: str
+    """Its v2 directory, in which are `init` and `payload`."""
+    v1: tuple[str, ...]
+    """v1 directories to join."""
+    rootfs_fd: int | None
+    """A detached tree to be the root, or None for the parent's, read-only."""
+    idmap_rootfs: bool
+    binds: tuple[tuple[str, int, bool], ...]
+    """(target, detached tree, read-only)."""
+    listen_fd: int
+    """Where the init listens: a SOCK_SEQPACKET socket."""
+    filter: bool = True
+    """Whether the system-call denylist is installed."""
+
+
+class Spawner:
+    """The spawner process.  Any number of requests may be under way.
+
+    A request that is cancelled may be carried out all the same.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, pid: int, pid_fd: int) -> None:
+        self.pid = pid
+        self.died = trio.Event()
+        """Set when the process is gone; every request then raises BrokenPipeError."""
+        self._socket = sock
+        self._pid_fd = pid_fd
+        self._send_lock = trio.Lock()
+        self._last_id = 0
+        self._waiting: dict[int, trio.MemorySendChannel[tuple[bytes, int | None]]] = {}
+
+    # --- the process ---
+
+    @classmethod
+    async def start(cls, nursery: trio.Nursery, tree: str, libexec: Path = LIBEXEC) -> Self:
+        """Start it; `tree` is where the filesystem is mounted, of which nothing is read.
+
+        Returns when it is ready to make containers.  End it by `aclose`, or by cancelling the nursery.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pid = os.posix_spawn(
+                libexec / "nsfs-spawner",
+                ["nsfs-spawner", "--tree", tree],
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD)],
+            )
+        self = cls(trio.socket.from_stdlib_socket(ours), pid, os.pidfd_open(pid))
+        nursery.start_soon(self._receive)
+        await self.features()
+        return self
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, tree: str, libexec: Path = LIBEXEC) -> AsyncIterator[Self]:
+        """A spawner for the time of a `async with`."""
+        async with trio.open_nursery() as nursery:
+            spawner = await cls.start(nursery, tree, libexec)
+            try:
+                yield spawner
+            finally:
+                await spawner.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the process and see it gone; containers go on."""
+        if self.died.is_set():
+            return
+        # Not close(): the task that receives is to see the end.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with trio.CancelScope(shield=True):
+            await self.died.wait()
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                try:
+                    data, control, _, _ = await self._socket.recvmsg(
+                        _REPLY.size, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                    )
+                except ConnectionError:
+                    return
+                if len(data) != _REPLY.size:
+                    return
+                fd = None
+                for level, kind, payload in control:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        (fd,) = struct.unpack("i", payload)
+                channel = self._waiting.pop(int.from_bytes(data[:8], "little"), None)
+                if channel is not None:
+                    channel.send_nowait((data, fd))
+                elif fd is not None:
+                    os.close(fd)
+        finally:
+            self._socket.close()
+            for channel in self._waiting.values():
+                channel.close()
+            self._waiting.clear()
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(self._pid_fd)
+            os.waitpid(self.pid, 0)
+            os.close(self._pid_fd)
+            self.died.set()
+
+    async def _call(
+        self,
+        op: int,
+        *,
+        flags: int = 0,
+        unshare: int = 0,
+        face: int = 0,
+        pid: int = 0,
+        target_pid: int = 0,
+        owner: tuple[int, int] = (0, 0),
+        maps: tuple[Sequence[tuple[int, int, int]], Sequence[tuple[int, int, int]]] = ((), ()),
+        v1_groups: int = 0,
+        binds: int = 0,
+        read_only: int = 0,
+        strings: Sequence[str] = (),
+        fds: Sequence[int] = (),
+    ) -> tuple[int, int, str, int | None]:
+        """One request; returns pid, value, text and descriptor of the reply."""
+        self._last_id += 1
+        number = self._last_id
+        message = b"".join(
+            (
+                _REQUEST.pack(
+                    number,
+                    op,
+                    flags,
+                    unshare,
+                    face,
+                    pid,
+                    target_pid,
+                    *owner,
+                    len(maps[0]),
+                    len(maps[1]),
+                    v1_groups,
+                    binds,
+                    read_only,
+                    len(strings),
+                    0,
+                ),
+                *(_EXTENT.pack(*extent) for extents in maps for extent in extents),
+                *(os.fsencode(string) + b"\0" for string in strings),
+            )
+        )
+        if any("\0" in string for string in strings):
+            raise OSError(errno.EINVAL, "a NUL in a string")
+        if len(message) >= _MESSAGE_MAX:
+            raise OSError(errno.E2BIG, "the request is too long")
+        sender, receiver = trio.open_memory_channel[tuple[bytes, int | None]](1)
+        if self._socket.fileno() < 0:
+            raise BrokenPipeError(errno.EPIPE, "the spawner has died")
+        self._waiting[number] = sender
+        try:
+            async with self._send_lock:
+                await self._socket.sendmsg([message], _rights(fds))
+            data, fd = await receiver.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError, ConnectionError):
+            raise BrokenPipeError(errno.EPIPE, "the spawner has died") from None
+        finally:
+            self._waiting.pop(number, None)
+        _, error, step, pid, value, text = _REPLY.unpack(data)
+        if error:
+            if fd is not None:
+                os.close(fd)
+            raise _error(error, step)
+        return pid, value, os.fsdecode(text.rstrip(b"\0")), fd
+
+    # --- containers ---
+
+    async def make(self, recipe: Recipe) -> int:
+        """Make a container; returns the host's PID of its init, which is ready.
+
+        The cgroup directories must be there, `payload` delegated to the container's root, and the
+        cgroup.procs of the one above it too.  On an error nothing is left behind.
+        """
+        flags = (
+            (_FILTER if recipe.filter else 0)
+            | (_ROOTFS if recipe.rootfs_fd is not None else 0)
+            | (_IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0)
+        )
+        if len(recipe.binds) > _BINDS_MAX:
+            raise OSError(errno.E2BIG, f"more than {_BINDS_MAX} binds")
+        with contextlib.ExitStack() as stack:
+
+            def opened(path: str, how: int) -> int:
+                fd = os.open(path, how | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                return fd
+
+            fds = [
+                recipe.listen_fd,
+                opened(f"{recipe.cgroup}/init", os.O_PATH | os.O_DIRECTORY),
+                opened(f"{recipe.cgroup}/payload", os.O_PATH | os.O_DIRECTORY),
+                *(opened(f"{path}/tasks", os.O_WRONLY) for path in recipe.v1),
+                *([] if recipe.rootfs_fd is None else [recipe.rootfs_fd]),
+                *(fd for _, fd, _ in recipe.binds),
+            ]
+            pid, _, _, _ = await self._call(
+                _MAKE,
+                flags=flags,
+                unshare=sum(CLONE_NEW[name] for name in recipe.unshare),
+                face=recipe.face,
+                pid=recipe.parent_pid or 0,
+                owner=_owner(recipe),
+                maps=(recipe.uid_map, recipe.gid_map) if "user" in recipe.unshare else ((), ()),
+                v1_groups=len(recipe.v1),
+                binds=len(recipe.binds),
+                read_only=sum(1 << n for n, (_, _, ro) in enumerate(recipe.binds) if ro),
+                strings=(recipe.hostname, *(target for target, _, _ in recipe.binds)),
+                fds=fds,
+            )
+        return pid
+
+    async def execute(
+        self, face: int, socket_path: str, argv: Sequence[str], env: Sequence[str]
+    ) -> int:
+        """Start a command in a container, in `/`, its output going to the container's `output`.
+
+        `env` is of the form NAME=VALUE.  Returns the host's PID; a command that cannot be executed is an
+        error.
+        """
+        output_fd = await self.output(face)
+        try:
+            null_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                command = await Init(socket_path).execute(
+                    argv, env, (null_fd, output_fd, output_fd), keep_status=False
+                )
+            finally:
+                os.close(null_fd)
+        finally:
+            os.close(output_fd)
+        return command.pid
+
+    async def output(self, face: int) -> int:
+        """`.f/FACE.output` of the mount, open for appending: a new descriptor."""
+        return _fd(await self._call(_OUTPUT, face=face))
+
+    # --- acting in others' namespaces ---
+
+    async def hostname(self, pid: int) -> str:
+        """The hostname in the UTS namespace of a process."""
+        return (await self._call(_HOSTNAME, pid=pid))[2]
+
+    async def set_hostname(self, pid: int, name: str) -> None:
+        """Set it, as sethostname(2) would: EINVAL beyond 64 bytes."""
+        await self._call(_SET_HOSTNAME, pid=pid, strings=(name,))
+
+    async def tree(self, pid: int, path: str) -> int:
+        """A detached clone of the tree at a path, as process `pid` sees it (0: the host).
+
+        open_tree(2) with OPEN_TREE_CLONE, not recursive; a new descriptor.
+        """
+        return _fd(await self._call(_TREE, pid=pid, strings=(path,)))
+
+    async def namespace(self, pid: int, kind: str) -> int:
+        """A detached mount of a namespace of a process, which it holds open: a new descriptor."""
+        return _fd(await self._call(_PIN, pid=pid, strings=(kind,)))
+
+    async def pin(self, pid: int, kind: str, viewer_pid: int, path: str) -> None:
+        """Bind a namespace of a process at an absolute path in the mount namespace of another (0: the
+        host).  The file is made."""
+        await self._call(_PIN, pid=pid, target_pid=viewer_pid, strings=(kind, path))
+
+    async def bind(self, pid: int, target: str, tree_fd: int, read_only: bool = False) -> None:
+        """Attach a detached tree at an absolute path in the mount namespace of a process.
+
+        The mount point is made where that is possible.
+        """
+        await self._call(
+            _BIND, flags=_READ_ONLY if read_only else 0, pid=pid, strings=(target,), fds=(tree_fd,)
+        )
+
+    async def unbind(self, pid: int, target: str) -> None:
+        """Detach what is mounted there; EINVAL when nothing is."""
+        await self._call(_UNBIND, pid=pid, strings=(target,))
+
+    async def features(self) -> frozenset[str]:
+        """Of FEATURES, what this host has."""
+        value = (await self._call(_FEATURES))[1]
+        return frozenset(name for bit, name in FEATURES.items() if value & bit)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that was started in a container."""
+
+    pid: int
+    """The host's."""
+    token: int
+    init: Init
+
+    async def wait(self) -> int:
+        """How it ended, as os.waitstatus_to_exitcode() has it; only once, and only when asked to be kept."""
+        return await self.init.wait(self.token)
+
+
+class Init:
+    """The init of a container; each request is a connection of its own, so none is kept."""
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+
+    async def execute(
+        self,
+        argv: Sequence[str],
+        env: Sequence[str],
+        fds: Sequence[int],
+        *,
+        cwd: str = "/",
+        uid: int = 0,
+        gid: int = 0,
+        groups: Sequence[int] = (),
+        terminal: bool = False,
+        new_session: bool = True,
+        keep_status: bool = True,
+    ) -> Command:
+        """Start a command whose descriptors 0, 1, ... are `fds`; it has no other.
+
+        `env` is of the form NAME=VALUE, its PATH finds the program; IDs are the container's; with
+        `terminal` descriptor 0 becomes the controlling terminal.
+        """
+        if not argv or any("\0" in word for word in (*argv, *env, cwd)):
+            raise OSError(errno.EINVAL, "no command, or a NUL in it")
+        token = secrets.randbits(63) + 1
+        flags = (
+            (_KEEP_STATUS if keep_status else 0)
+            | (_TERMINAL if terminal else 0)
+            | (0 if new_session else _SAME_SESSION)
+        )
+        message = b"".join(
+            (
+                _INIT_REQUEST.pack(
+                    _EXEC, flags, token, uid, gid, len(groups), len(argv), len(env), 0
+                ),
+                *(group.to_bytes(4, "little") for group in groups),
+                *(os.fsencode(string) + b"\0" for string in (cwd, *argv, *env)),
+            )
+        )
+        with await self._connect() as sock:
+            # Who sends, by the kernel's word and in our numbers.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            try:
+                await sock.sendmsg([message], _rights(fds))
+            except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    raise OSError(errno.E2BIG, "arguments and environment are too long") from error
+                raise
+            pid = 0
+            while True:
+                data, control, _, _ = await sock.recvmsg(
+                    _INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size)
+                )
+                if not data and not pid:
+                    raise OSError(errno.ENODEV, "the container is dead")
+                if not data:
+                    # Its copy of the connection was closed by exec.
+                    return Command(pid, token, self)
+                op, number, step, _ = _INIT_REPLY.unpack(data)
+                if op == _FAILED:
+                    raise _error(number, step)
+                for level, kind, payload in control:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                        pid = _UCRED.unpack(payload)[0]
+
+    async def wait(self, token: int) -> int:
+        """Wait for a command's end; ProcessLookupError for one that is not known (any more)."""
+        with await self._connect() as sock:
+            await sock.sendmsg([_INIT_REQUEST.pack(_WAIT, 0, token, 0, 0, 0, 0, 0, 0)])
+            data = await sock.recv(_INIT_REPLY.size)
+        if not data:
+            raise OSError(errno.ENODEV, "the container is dead")
+        op, number, step, status = _INIT_REPLY.unpack(data)
+        if op == _FAILED:
+            raise _error(number, step)
+        return os.waitstatus_to_exitcode(status)
+
+    async def _connect(self) -> trio.socket.SocketType:
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with _short(self.socket_path) as path:
+                while True:
+                    try:
+                        await sock.connect(path)
+                        return sock
+                    except BlockingIOError:
+                        # More wait already than its backlog holds.
+                        await trio.sleep(0.01)
+                    except (ConnectionRefusedError, FileNotFoundError) as error:
+                        raise OSError(errno.ENODEV, "the container is dead") from error
+        except BaseException:
+            sock.close()
+            raise
+
+
+@contextlib.contextmanager
+def _short(path: str) -> Iterator[str]:
+    """The same path with at most 107 bytes, as unix(7) wants it."""
+    if len(os.fsencode(path)) < 108:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _owner(recipe: Recipe) -> tuple[int, int]:
+    """Whose the user namespace is to be: the parent's root when the owner has no ID in the parent.
+
+    The kernel allows no other owner (clone(2): EPERM).
+    """
+    if recipe.parent_pid is None or "user" not in recipe.unshare:
+        return recipe.owner_uid, recipe.owner_gid
+    return (
+        _mapped(recipe.parent_pid, "uid_map", recipe.owner_uid),
+        _mapped(recipe.parent_pid, "gid_map", recipe.owner_gid),
+    )
+
+
+def _mapped(pid: int, file: str, wanted: int) -> int:
+    root = wanted
+    try:
+        with open(f"/proc/{pid}/{file}", encoding="ascii") as lines:
+            for inside, outside, count in (map(int, line.split()) for line in lines):
+                if outside <= wanted < outside + count:
+                    return wanted
+                if inside == 0:
+                    root = outside
+    except FileNotFoundError as error:
+        raise ProcessLookupError(errno.ESRCH, "the parent is dead") from error
+    return root
+
+
+def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    if not fds:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+
+
+def _fd(reply: tuple[int, int, str, int | None]) -> int:
+    fd = reply[3]
+    if fd is None:
+        raise OSError(errno.EPROTO, "no descriptor in the spawner's reply")
+    return fd

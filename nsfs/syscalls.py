@@ -1,0 +1,100 @@
+"""Typed wrappers for system calls that the os module lacks; each raises OSError with errno,
+the call's name and what it was about.  Sources: mount(2), umount(2), inotify(7), openat2(2).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from nsfs import _syscalls  # type: ignore[attr-defined]
+
+_lib: Any = _syscalls.lib
+_ffi: Any = _syscalls.ffi
+
+MS_BIND: int = _lib.MS_BIND
+MS_REC: int = _lib.MS_REC
+MS_PRIVATE: int = _lib.MS_PRIVATE
+MS_SLAVE: int = _lib.MS_SLAVE
+MS_UNBINDABLE: int = _lib.MS_UNBINDABLE
+MS_RDONLY: int = _lib.MS_RDONLY
+MS_REMOUNT: int = _lib.MS_REMOUNT
+MS_NOSUID: int = _lib.MS_NOSUID
+MS_NODEV: int = _lib.MS_NODEV
+MS_NOEXEC: int = _lib.MS_NOEXEC
+MNT_DETACH: int = _lib.MNT_DETACH
+IN_MODIFY: int = _lib.IN_MODIFY
+IN_IGNORED: int = _lib.IN_IGNORED
+RESOLVE_IN_ROOT: int = _lib.RESOLVE_IN_ROOT
+
+_INOTIFY_EVENT = struct.Struct("iIII")
+
+
+def _check(result: int, call: str, about: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{call}: {os.strerror(-result)}", about)
+    return result
+
+
+def mount(
+    source: str, target: str, fstype: str | None, flags: int, data: str | None = None
+) -> None:
+    """mount(2)."""
+    _check(
+        _lib.nsfs_mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            _ffi.NULL if fstype is None else fstype.encode(),
+            flags,
+            _ffi.NULL if data is None else data.encode(),
+        ),
+        "mount",
+        target,
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_lib.nsfs_umount(os.fsencode(target), flags), "umount", target)
+
+
+def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
+    """openat2(2): a new descriptor, close-on-exec."""
+    return _check(
+        _lib.nsfs_openat2(dir_fd, os.fsencode(path), flags | os.O_CLOEXEC, resolve), "openat2", path
+    )
+
+
+class Inotify:
+    """An inotify(7) instance, non-blocking; `fd` is for whoever waits."""
+
+    def __init__(self) -> None:
+        self.fd: int = _check(_lib.nsfs_inotify_init(), "inotify_init1", "")
+
+    def add(self, path: str, mask: int = IN_MODIFY) -> int:
+        """Watch `path`; returns the watch descriptor."""
+        return _check(
+            _lib.nsfs_inotify_add(self.fd, os.fsencode(path), mask), "inotify_add_watch", path
+        )
+
+    def remove(self, watch: int) -> None:
+        """End a watch; one that the kernel ended already (the file is gone) is no error."""
+        _lib.nsfs_inotify_remove(self.fd, watch)
+
+    def events(self) -> Iterator[tuple[int, int]]:
+        """What has happened: (watch descriptor, mask).  Never blocks."""
+        try:
+            data = os.read(self.fd, 65536)
+        except BlockingIOError:
+            return
+        offset = 0
+        while offset < len(data):
+            watch, mask, _cookie, length = _INOTIFY_EVENT.unpack_from(data, offset)
+            offset += _INOTIFY_EVENT.size + length
+            yield watch, mask
+
+    def close(self) -> None:
+        """Close the instance and with it every watch."""
+        os.close(self.fd)

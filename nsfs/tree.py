@@ -1,0 +1,209 @@
+"""Generic virtual files: inode numbers, nodes, open files and removal marks.
+
+This is the kernfs of the project; it knows nothing of containers.  A *face* is anything with a
+number that shows the entries of the tables; a *node* is one entry of one face.  Nodes are made when
+they are asked for and never kept: an inode number says all there is to say about one,
+
+    bits 33..62   the face's number
+    bits  0..32   below 2**24 the entry's place in the table of names, else 2**24 + the key of an
+                  entry that comes and goes (a process: its PID)
+
+so a thousand containers cost no node, and the next daemon finds each inode that the kernel still
+holds.  The name table is persistent, and only grows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from nsfs.attribute import HIDDEN, Attribute, Directory, Entry, Link
+
+FACE_SHIFT = 33
+NUMBER_MASK = (1 << FACE_SHIFT) - 1
+KEYED = 1 << 24
+ROOT_NUMBER = 1
+"""Of a face's own directory.  The root face is 0, so the root's inode is FUSE_ROOT_ID, 1."""
+
+
+class Face(Protocol):
+    """What the tree asks of a face."""
+
+    number: int
+
+    def has(self, entry: Entry) -> bool:
+        """Whether this face shows that entry."""
+
+
+class Node(NamedTuple):
+    """One entry as one face shows it."""
+
+    face: Any
+    entry: Entry
+    key: int
+    ino: int
+
+
+def ino(face_number: int, number: int) -> int:
+    """The inode number of a face's file."""
+    return face_number << FACE_SHIFT | number
+
+
+def split(inode: int) -> tuple[int, int]:
+    """The inverse of `ino`."""
+    return inode >> FACE_SHIFT, inode & NUMBER_MASK
+
+
+class Names:
+    """The numbers of the entries of all tables, by path within a face; a number is for ever.
+
+    `known` is what earlier daemons gave out; `record(path)` makes a new one persistent before it is
+    used.
+    """
+
+    def __init__(
+        self, known: Iterable[str] = (), record: Callable[[str], None] | None = None
+    ) -> None:
+        self._numbers: dict[str, int] = {"": ROOT_NUMBER}
+        self._record = record
+        for path in known:
+            self._numbers.setdefault(path, ROOT_NUMBER + len(self._numbers))
+
+    def number(self, path: str) -> int:
+        """The number of a path, given out now if it is new."""
+        found = self._numbers.get(path)
+        if found is None:
+            if self._record:
+                self._record(path)
+            found = self._numbers[path] = ROOT_NUMBER + len(self._numbers)
+            if found >= KEYED:
+                raise OSError(errno.ENOSPC, "the table of names is full")
+        return found
+
+
+class Tables:
+    """Every entry of every table, by inode number and by name."""
+
+    def __init__(self, root: Directory, names: Names) -> None:
+        self.root = root
+        self._by_number: dict[int, Entry] = {}
+        self._numbers: dict[int, int] = {}
+        self._children: dict[int, dict[str, Entry]] = {}
+        self._keyed: list[Directory] = []
+        self._add(root, "", names)
+
+    def _add(self, entry: Entry, path: str, names: Names) -> None:
+        number = names.number(path)
+        self._by_number[number] = entry
+        self._numbers[id(entry)] = number
+        if isinstance(entry, Directory):
+            children = self._children[id(entry)] = {}
+            for child in entry.entries:
+                if child.name in children:
+                    raise ValueError(f"two entries are called {path}/{child.name}")
+                children[child.name] = child
+                self._add(child, f"{path}/{child.name}" if path else child.name, names)
+            if entry.member is not None:
+                self._keyed.append(entry)
+        if len(self._keyed) > 1:
+            raise ValueError(
+                "one kind of entry that comes and goes is all that the numbers have room for"
+            )
+
+    def node(self, face: Any, number: int) -> Node:
+        """The node of a number; FileNotFoundError when no table has it (any more)."""
+        if number >= KEYED:
+            entry: Entry | None = self._keyed[0].member if self._keyed else None
+            key = number - KEYED
+        else:
+            entry = self._by_number.get(number)
+            key = 0
+        if entry is None or not face.has(entry):
+            raise FileNotFoundError(errno.ENOENT, "no such file in this tree", str(number))
+        return Node(face, entry, key, ino(face.number, number))
+
+    def of(self, face: Any, entry: Entry, key: int | None = None) -> Node:
+        """The node of an entry."""
+        number = self._numbers[id(entry)] if key is None else KEYED + key
+        return Node(face, entry, key or 0, ino(face.number, number))
+
+    def child(self, node: Node, name: str) -> Node | None:
+        """The static entry of that name, or None."""
+        entry = self._children[id(node.entry)].get(name)
+        if entry is None or HIDDEN in entry.flags or not node.face.has(entry):
+            return None
+        return self.of(node.face, entry)
+
+    def children(self, node: Node) -> Iterator[Node]:
+        """The static entries that this face lists, in the order of the tables."""
+        for entry in self._children[id(node.entry)].values():
+            if HIDDEN not in entry.flags and node.face.has(entry):
+                yield self.of(node.face, entry)
+
+    def paths(self) -> Iterator[tuple[str, Entry]]:
+        """Every entry with its path within a face, for what documents or tests them."""
+
+        def walk(entry: Directory, prefix: str) -> Iterator[tuple[str, Entry]]:
+            for child in entry.entries:
+                yield prefix + child.name, child
+                if isinstance(child, Directory):
+                    yield from walk(child, f"{prefix}{child.name}/")
+
+        yield from walk(self.root, "")
+
+
+class Marks:
+    """What processes have unlinked in directories that they may be about to remove.
+
+    Unlinking a control file only marks it, for the process that did it, until that process ends.  A
+    directory is *fully marked* when the marks of all living processes together cover its entries:
+    then an rmdir of it means it.  So two `rm -rf` at once help rather than hinder each other, while
+    the leftovers of an `rm C/kmsg` count for nothing a moment later.
+
+    `alive(process)` tells whether a process still is; a process is a PID with its start time, since
+    PIDs are used again.
+    """
+
+    def __init__(self, alive: Callable[[tuple[int, int]], bool]) -> None:
+        self._alive = alive
+        self._marks: dict[int, dict[tuple[int, int], set[str]]] = {}
+
+    def add(self, process: tuple[int, int], directory: int, name: str) -> None:
+        """`process` has removed `name` in the directory with that inode number."""
+        self._marks.setdefault(directory, {}).setdefault(process, set()).add(name)
+
+    def union(self, directory: int) -> set[str]:
+        """The names that living processes have removed there; the dead ones' marks are dropped."""
+        by_process = self._marks.get(directory)
+        if not by_process:
+            return set()
+        for process in [p for p in by_process if not self._alive(p)]:
+            del by_process[process]
+        if not by_process:
+            del self._marks[directory]
+            return set()
+        return set().union(*by_process.values())
+
+    def forget(self, face_number: int) -> None:
+        """Nothing of that face exists any more."""
+        for directory in [d for d in self._marks if d >> FACE_SHIFT == face_number]:
+            del self._marks[directory]
+
+    def sweep(self) -> None:
+        """Drop the marks of processes that have ended."""
+        for directory in list(self._marks):
+            self.union(directory)
+
+
+def kind_of(entry: Entry) -> str:
+    """One word for messages and tables: file, link or directory."""
+    if isinstance(entry, Attribute):
+        return "file"
+    return "link" if isinstance(entry, Link) else "directory"
+
+
+def readable_name(raw: bytes) -> str:
+    """A name as the kernel gave it; bytes that are no UTF-8 are kept as surrogates (PEP 383)."""
+    return os.fsdecode(raw)

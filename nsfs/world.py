@@ -1,0 +1,327 @@
+"""What one instance of nsfs knows: its containers and faces, where they are kept, and what watches
+them.
+
+The world starts from the run directory: a container that was being made when the last daemon died
+is undone, one that was being removed is removed to the end, all others are taken up as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+
+from nsfs import idmap
+from nsfs.bytelog import ByteLog
+from nsfs.cgroup import Group, Hierarchies
+from nsfs.config import Config
+from nsfs.container import ROOT, Build, Container, Face, Phase
+from nsfs.logring import Limit, LogRing
+from nsfs.logstream import Log
+from nsfs.spawner import Init, Spawner
+from nsfs.store import Positions, Store, map_file
+from nsfs.syscalls import Inotify
+from nsfs.tree import Marks
+
+log = logging.getLogger(__name__)
+
+SUPPRESSED_S = 10.0
+"""How often a log is asked whether it has refused records."""
+NO_FACE = 0xFFFFFFFF
+"""A face that never is: the numbers end before."""
+OUTPUT_BYTES = 65536
+"""What is kept of the output of a container's `exec`."""
+
+
+class World:
+    """All containers of one instance."""
+
+    def __init__(
+        self, *, store: Store, hierarchies: Hierarchies, config: Config, group: str = "nsfs"
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.hierarchies = hierarchies
+        self.ranges = idmap.Ranges(config.ids.first, config.ids.last, config.ids.per_container)
+        self.positions = Positions(os.path.join(store.directory, "opens"))
+        self.marks = Marks(process_lives)
+        self.containers: dict[int, Container] = {}
+        self.faces: dict[int, tuple[int, int]] = {}
+        """Face's number to (viewpoint's, container's) number."""
+        self._faces: dict[tuple[int, int], Face] = {}
+        self.inotify = Inotify()
+        self._empty = trio.lowlevel.ParkingLot()
+        self._watches: dict[int, Container] = {}
+        self.spawner: Spawner = None  # type: ignore[assignment]
+        self.nursery: trio.Nursery | None = None
+        self.invalidate: Callable[[int, str, int], None] = lambda directory, name, inode: None
+        """Tell the kernel that a name is gone from a directory's inode."""
+        top = Group.top(hierarchies, group)
+        self.root = Container(self, ROOT, "", None, top, phase=Phase.RUNNING, init_pid=1)
+        self.root.faces[ROOT] = ROOT
+        self.root.since = time.time()
+        self.root.defaults = config_defaults(config)
+        self._register(self.root)
+
+    # --- containers ---
+
+    def _register(self, container: Container) -> None:
+        self.containers[container.number] = container
+        for viewpoint, number in container.faces.items():
+            self.faces[number] = (viewpoint, container.number)
+
+    def new_container(self, parent: Container, name: str, build: Build) -> Container:
+        """A container with its numbers, in the tree as one that is being made."""
+        number = self.store.number()
+        each = Container(self, number, name, parent, parent.group.child(number), build)
+        each.since = time.time()
+        each.faces[number] = number
+        each.faces[ROOT] = self.store.number()
+        parent.children[name] = each
+        self._register(each)
+        return each
+
+    def forget(self, container: Container) -> None:
+        """Nothing of the container is left: drop what is known of it."""
+        self.store.drop(container.number)
+        for viewpoint, number in container.faces.items():
+            self.faces.pop(number, None)
+            self._faces.pop((viewpoint, container.number), None)
+            self.marks.forget(number)
+        self.containers.pop(container.number, None)
+        if len(self.containers) == 1:
+            self._empty.unpark_all()
+
+    async def emptied(self) -> None:
+        """Wait until nothing is left of any container but the root."""
+        while len(self.containers) > 1:
+            await self._empty.park()
+
+    def load(self) -> tuple[list[Container], list[Container]]:
+        """Take up what the run directory has: (containers to undo or remove, the others)."""
+        doomed, kept = [], []
+        for number, record in self.store.load():
+            if number == ROOT:
+                self.root.restore(record)
+                continue
+            parent = self.containers.get(record["parent"])
+            if parent is None:
+                log.warning("the record of container %d has no parent; dropped", number)
+                self.store.drop(number)
+                continue
+            each = Container.from_record(self, number, parent, record)
+            self._register(each)
+            if each.phase in (Phase.MAKING, Phase.GONE) or parent.phase is Phase.GONE:
+                each.phase = Phase.GONE
+                doomed.append(each)
+            else:
+                parent.children[each.name] = each
+                kept.append(each)
+        return doomed, kept
+
+    # --- faces ---
+
+    def face(self, viewpoint: Container, container: Container) -> Face:
+        """The face of a container from a viewpoint; made, and recorded, when first asked for."""
+        key = (viewpoint.number, container.number)
+        found = self._faces.get(key)
+        if found is None:
+            number = container.faces.get(viewpoint.number)
+            if number is None:
+                number = container.faces[viewpoint.number] = self.store.number()
+                container.save()
+                self.faces[number] = key
+            found = self._faces[key] = Face(number, viewpoint, container)
+        return found
+
+    def face_numbered(self, number: int) -> Face:
+        """The face that inode numbers name; ENODEV when its container is gone."""
+        key = self.faces.get(number)
+        if key is not None:
+            found = self._faces.get(key)
+            if found is not None:
+                return found
+            viewpoint, container = self.containers.get(key[0]), self.containers.get(key[1])
+            if viewpoint is not None and container is not None:
+                return self.face(viewpoint, container)
+        raise OSError(errno.ENODEV, "the container is gone", str(number))
+
+    def known_faces(self, container: Container) -> list[Face]:
+        """Every face of it that was ever looked at."""
+        return [
+            self.face(self.containers[viewpoint], container)
+            for viewpoint in container.faces
+            if viewpoint in self.containers
+        ]
+
+    # --- logs ---
+
+    def open_log(self, container: Container) -> Log:
+        """Map a container's kernel log."""
+        path = self.store.log_path(container.number, "log")
+        settings = self.config.log
+        limit = None if settings.rate is None else Limit(settings.rate, settings.burst or 0)
+        return Log(LogRing(map_file(path, settings.bytes), limit=limit))
+
+    def open_output(self, container: Container) -> ByteLog:
+        """Map what a container's commands printed."""
+        path = self.store.log_path(container.number, "output")
+        return ByteLog(memoryview(map_file(path, OUTPUT_BYTES)))
+
+    # --- the spawner ---
+
+    async def execute(
+        self, container: Container, words: Sequence[str], environment: Sequence[str]
+    ) -> int:
+        """Start a command in a container, its output going to `output`; returns the host's PID."""
+        output_fd = await self.spawner.output(container.number)
+        try:
+            init = Init(self.store.socket_path(container.number))
+            with open(os.devnull, "rb") as null:
+                command = await init.execute(
+                    words,
+                    environment,
+                    (null.fileno(), output_fd, output_fd),
+                    keep_status=False,
+                )
+        finally:
+            # It is a file of our own mount: its close is a request, which we are to answer.
+            await trio.to_thread.run_sync(os.close, output_fd)
+        return command.pid
+
+    async def prime(self) -> None:
+        """Have the spawner look `.f` up while nobody holds the root directory's lock.
+
+        A mkdir(2) at the root does, and waits for the spawner, which then must not need it.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            await self.spawner.output(NO_FACE)
+
+    async def pin(self, face: Face, kind: str) -> str:
+        """A path in the viewpoint's mount namespace that holds a container's namespace open."""
+        path = f"/dev/.nsfs/ns/{face.number}/{kind}"
+        await self.spawner.pin(face.container.init_pid, kind, face.viewpoint.init_pid, path)
+        return path
+
+    # --- what happens to containers ---
+
+    def watch(self, container: Container) -> None:
+        """Be told when its members or its init come or go, or it freezes."""
+        for part in ("payload", "init"):
+            try:
+                watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
+            except FileNotFoundError:
+                continue
+            self._watches[watch] = container
+
+    def unwatch(self, container: Container) -> None:
+        """The inverse."""
+        for watch in [w for w, c in self._watches.items() if c is container]:
+            self.inotify.remove(watch)
+            del self._watches[watch]
+
+    async def watch_events(self) -> None:
+        """Pass on what the groups' events say; for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self.inotify.fd)
+            for container in {self._watches.get(watch) for watch, _ in self.inotify.events()}:
+                if container is not None:
+                    self.look_at(container)
+
+    async def report_suppressed(self) -> None:
+        """Have each log that refused records say so, now and then; for ever."""
+        while True:
+            await trio.sleep(SUPPRESSED_S)
+            for each in self.containers.values():
+                if each.own_log is not None:
+                    each.own_log.report_suppressed()
+
+    def look_at(self, container: Container) -> None:
+        """See what has become of a container and tell who waits."""
+        if (
+            container.phase is Phase.RUNNING
+            and not container.busy
+            and not container.group.events("init")["populated"]
+        ):
+            container.phase = Phase.DEAD
+            container.init_pid = 0
+            container.save()
+            log.info("the init of %s has ended", container.name)
+        container.tell()
+
+    def start(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Run something in the background."""
+        assert self.nursery is not None
+        self.nursery.start_soon(function, *args)
+
+
+def config_defaults(config: Config) -> dict[str, Any]:
+    """The root's `defaults/` as the administrator's configuration has them."""
+    chosen = config.defaults
+    return {
+        "unshare": tuple(sorted(chosen.unshare)),
+        "rootfs": "host" if chosen.rootfs is None else str(chosen.rootfs),
+        "binds": chosen.binds,
+        "network": chosen.network,
+        "limits": chosen.limits,
+    }
+
+
+def process_of(tid: int) -> tuple[int, int]:
+    """A process that nobody is mistaken for: the PID (thread group) of a thread, and its start time
+    in clock ticks since boot (proc_pid_stat(5), field 22).
+
+    (tid, 0) when it has ended.
+    """
+    try:
+        with open(f"/proc/{tid}/status", "rb") as file:
+            tgid = next(int(line[5:]) for line in file if line.startswith(b"Tgid:"))
+        return tgid, start_time(tgid)
+    except (OSError, StopIteration):
+        return tid, 0
+
+
+class Processes:
+    """`process_of` for callers, who make many requests in a row: remembered for a moment.
+
+    Should the thread ID be another process's by then, that process's removals count for one that
+    has ended: for nothing.
+    """
+
+    REMEMBERED_S = 0.1
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[float, tuple[int, int]]] = {}
+
+    def of(self, tid: int) -> tuple[int, int]:
+        """The process of a thread."""
+        now = time.monotonic()
+        found = self._known.get(tid)
+        if found is None or now - found[0] > self.REMEMBERED_S:
+            if len(self._known) > 64:
+                self._known.clear()
+            found = self._known[tid] = (now, process_of(tid))
+        return found[1]
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The command may contain blanks and parentheses; nothing after it does.
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def process_lives(process: tuple[int, int]) -> bool:
+    """Whether the process of `process_of` still is; a zombie has ended."""
+    try:
+        with open(f"/proc/{process[0]}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return int(fields[19]) == process[1] and fields[0] not in (b"Z", b"X")

@@ -1,0 +1,88 @@
+"""What setup.cfg cannot say: the cffi module, the C programs, the manual pages."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+# Static: they run where the host's libraries are not to be seen (a container's root) or where a
+# library's constructor would be one more thing that can fail (the supervisor).
+PROGRAMS = ["supervisor", "spawner", "init"]
+# Relative: setuptools wants the paths of data files so. build/ is never committed.
+PAGES = {"man5": "build/man/nsfs.5", "man8": "build/man/nsfs.8"}
+
+
+def compile_c(source: Path, target: Path, *flags: str, libraries: tuple[str, ...] = ()) -> None:
+    """Compile one file into one program or library, which appears complete or not at all.
+
+    The old one may be running (ETXTBSY), so it is replaced, not written to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(target.name + ".new")
+    compiler = shlex.split(os.environ.get("CC", "gcc"))
+    command = [*compiler, *CFLAGS, *flags, "-o", str(new), str(source), *libraries]
+    if subprocess.run(command).returncode:
+        raise CompileError(f"{source} was not compiled")
+    new.replace(target)
+
+
+def build_pages() -> None:
+    """Make the manual pages that PAGES names from man/NAME.rst."""
+    # Only here: nothing else that setup.py is run for needs docutils.
+    from docutils.core import publish_file
+    from docutils.utils import SystemMessage
+
+    for page in map(Path, PAGES.values()):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            publish_file(
+                source_path=f"man/{page.name}.rst",
+                destination_path=str(page),
+                writer="manpage",
+                # A page with an error in it, or what may be one, is not installed.
+                settings_overrides={"halt_level": 2, "report_level": 5},
+            )
+        except SystemMessage as error:
+            raise CompileError(str(error)) from None
+
+
+class build_all(build_ext):
+    """The cffi module, then the C programs, into nsfs/libexec of the tree or of the wheel.
+
+    The pages as well, though they are no extension: every way to install runs this before it
+    looks for data files.
+    """
+
+    def run(self) -> None:
+        super().run()
+        top = Path() if self.inplace else Path(self.build_lib)
+        source, libexec = Path("nsfs/csrc"), top / "nsfs/libexec"
+        for name in PROGRAMS:
+            compile_c(source / f"{name}.c", libexec / f"nsfs-{name}", "-static", "-s")
+        compile_c(
+            source / "interposer.c",
+            libexec / "nsfs-interposer.so",
+            "-shared",
+            "-fPIC",
+            "-s",
+            # It calls libfuse, which pyfuse3 loads for itself alone (RTLD_LOCAL).
+            libraries=("-lfuse3", "-ldl"),
+        )
+        build_pages()
+
+
+setup(
+    cffi_modules=["nsfs/_syscalls_build.py:ffi"],
+    cmdclass={"build_ext": build_all},
+    data_files=[
+        *((f"share/man/{section}", [page]) for section, page in PAGES.items()),
+        ("share/doc/nsfs", ["NEWS.rst", "nsfs.conf.example"]),
+        # Below /usr/local, where systemd looks, when nsfs is installed for the whole system.
+        ("lib/systemd/system", ["systemd/nsfs.service"]),
+    ],
+)

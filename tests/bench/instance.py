@@ -1,0 +1,119 @@
+"""An instance of nsfs for the benchmarks: its own tree, run directory and cgroup."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measure import WAIT_S, read, wait_readable, wait_until
+
+NSFS = [sys.executable, "-P", "-m", "nsfs.cli"]
+
+
+class Instance:
+    """One mounted tree; the mount namespace is private already."""
+
+    def __init__(self, base: Path, hierarchy: str) -> None:
+        self.tree = base / "tree"
+        self.run_dir = base / "run"
+        self.group = f"nsfs-bench-{os.getpid()}"
+        self.groups_dir = Path(hierarchy, self.group)
+        self._serial = 0
+
+    def mount(self) -> None:
+        """Serve the tree; RuntimeError tells why not."""
+        self.tree.mkdir()
+        words = ["mount", str(self.tree), "--run-dir", str(self.run_dir), "--cgroup", self.group]
+        try:
+            done = subprocess.run(
+                [*NSFS, *words], capture_output=True, text=True, timeout=WAIT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError("nsfs mount does not end") from None
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip() or f"nsfs mount: exit {done.returncode}")
+
+    def umount(self) -> str:
+        """End it with whatever is in it; what went wrong, or ""."""
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+            done = subprocess.run(
+                [*NSFS, "umount", str(self.tree), "--kill"],
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S * 1.5,
+                check=False,
+            )
+            if not done.returncode:
+                return ""
+        self._end_by_force()
+        return "nsfs umount failed; the instance was killed"
+
+    def _end_by_force(self) -> None:
+        # The supervisor first: it would start the daemon again.
+        for name in ("supervisor", "daemon"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(self.pid(name), signal.SIGKILL)
+        subprocess.run(["umount", "-l", str(self.tree)], check=False, capture_output=True)
+        with contextlib.suppress(OSError):
+            (self.groups_dir / "cgroup.kill").write_text("1")
+        time.sleep(0.5)
+        for path, _, _ in os.walk(self.groups_dir, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+    def pid(self, name: str) -> int:
+        """The PID of the supervisor or the daemon."""
+        return int(read(self.run_dir / f"{name}.pid"))
+
+    def spawner(self) -> int:
+        """The PID of the spawner, the daemon's child of that name; 0 when there is none."""
+        daemon = self.pid("daemon")
+        for child in read(f"/proc/{daemon}/task/{daemon}/children").split():
+            if "spawner" in read(f"/proc/{child}/comm"):
+                return int(child)
+        return 0
+
+    # --- containers ---
+
+    def path(self) -> Path:
+        """A name that was never used in the tree."""
+        self._serial += 1
+        return self.tree / f"b{self._serial}"
+
+    def init(self, container: Path) -> int:
+        """The PID of a container's init."""
+        return int(read(container / "init"))
+
+    def payload(self, container: Path) -> str:
+        """The cgroup directory of a container's members."""
+        for line in read(f"/proc/{self.init(container)}/cgroup").splitlines():
+            if line.startswith("0::"):
+                relative = line[3:].strip("/").removesuffix("/init")
+                return f"{self.groups_dir.parent}/{relative}/payload"
+        raise RuntimeError(f"{container}: its init is in no v2 group")
+
+    def groups(self) -> list[str]:
+        """The groups of containers that there are, removed ones still on their way out as well."""
+        with contextlib.suppress(FileNotFoundError):
+            return [entry.name for entry in os.scandir(self.groups_dir) if entry.is_dir()]
+        return []
+
+    def settle(self, count: int) -> None:
+        """Wait until there are only so many groups: what was removed is wholly gone."""
+        wait_until(lambda: len(self.groups()) <= count, f"{count} groups are left")
+
+
+def wait_gone(pid_fds: list[int]) -> float:
+    """Wait until processes have ended; the time then, by time.perf_counter().
+
+    Raises RuntimeError when one does not.
+    """
+    for fd in pid_fds:
+        if not wait_readable(fd):
+            raise RuntimeError("a killed process does not end")
+    return time.perf_counter()

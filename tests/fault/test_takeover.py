@@ -1,0 +1,605 @@
+"""The supervisor and the interposer, with parked_fs.py as the daemon.
+
+Each test runs a function of this file as a program of its own in a new mount namespace.  If it does
+not end in time its FUSE connection is aborted, so nothing stays behind in an uninterruptible wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from nsfs import takeover
+
+TOP = Path(__file__).parents[2]
+SUPERVISOR = TOP / "nsfs/libexec/nsfs-supervisor"
+DEADLINE_S = 45
+WAIT_S = 10
+MKDIR, READ, INTERRUPT, FORGET = 9, 15, 36, 2
+LANDING = takeover._FIRST_SLOT - takeover._SLOT_BYTES
+PR_SET_CHILD_SUBREAPER = 36
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK) or not SUPERVISOR.exists(),
+    reason="needs root, /dev/fuse and the built programs",
+)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "parked_readers_die_of_signals",
+        "many_parked_readers",
+        "full_interrupt_pipe",
+        "daemon_killed_in_a_loop",
+        "parked_reader_outlives_the_daemon",
+        "signal_is_not_lost_at_takeover",
+        "killed_before_the_request_was_recorded",
+        "killed_while_the_request_was_recorded",
+        "killed_after_the_reply",
+        "killed_with_what_needs_no_reply",
+        "killed_before_init_was_answered",
+        "large_requests",
+        "clean_end",
+        "stop_of_a_stuck_daemon",
+        "first_daemon_fails exit_3 3",
+        "first_daemon_fails exit_0 1",
+        "first_daemon_fails signal_6 134",
+        "back_off",
+        "request_that_kills_daemons",
+        "parent_is_killed",
+        "foreground_notifies_systemd",
+        "joins_nothing_else",
+        "supervisor_is_small",
+    ],
+)
+def test_scenario(scenario: str, tmp_path: Path) -> None:
+    name, *arguments = scenario.split()
+    command = ["unshare", "-m", "--propagation", "private", sys.executable, "-X", "dev"]
+    done = subprocess.run(
+        [*command, __file__, name, str(tmp_path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_S + 10,
+        env=os.environ | {"PYTHONPATH": str(TOP)},
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout.splitlines()[-1:]
+
+
+def test_without_the_interposer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NSFS_FUSE_FD", "NSFS_INFLIGHT_FD", "NSFS_SUPERVISOR_FD"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OSError, match="not started by nsfs-supervisor"):
+        takeover.Device.from_environment()
+    image = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    os.ftruncate(image, 1 << 20)
+    with pytest.raises(OSError, match="LD_PRELOAD"):
+        takeover.Device(-1, image, -1)
+    os.close(image)
+
+
+# --- what runs in the mount namespace ---
+
+
+class Mounted:
+    """A directory of one scenario, and the supervisor that serves DIRECTORY/mnt."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "mnt"
+        self.run = directory / "run"
+        self.state = directory / "state"
+        for path in (self.root, self.state):
+            path.mkdir()
+        (self.state / "data").write_bytes(b"data\n")
+
+    def command(self, *options: str) -> list[str]:
+        directories = ["--dir", str(self.root), "--run-dir", str(self.run)]
+        daemon = [sys.executable, str(TOP / "tests/fault/parked_fs.py"), str(self.state)]
+        return [str(SUPERVISOR), *directories, *options, "--", *daemon]
+
+    def start(self) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(self.command(), timeout=WAIT_S)
+
+    def pid(self, name: str) -> int:
+        return int((self.run / f"{name}.pid").read_text())
+
+    def log(self) -> str:
+        return (self.run / "log").read_text()
+
+    def wait_for_daemon(self, number: int) -> None:
+        until(lambda: f"(number {number}) is ready" in self.log())
+
+    def kill_daemon(self) -> None:
+        os.kill(self.pid("daemon"), signal.SIGKILL)
+
+    def number(self) -> int:
+        return int((self.root / "number").read_text())
+
+    def replayed(self) -> list[int]:
+        return [int(line) for line in (self.state / "replayed").read_text().split()]
+
+    @contextmanager
+    def memfd(self) -> Iterator[int]:
+        fds = Path(f"/proc/{self.pid('supervisor')}/fd")
+        fd = os.open(next(x for x in fds.iterdir() if "nsfs-inflight" in os.readlink(x)), os.O_RDWR)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def parked(self) -> list[int]:
+        """The uniques of the reads in flight; a moment longer than their callers wait."""
+        with self.memfd() as fd:
+            return [request.unique for request in takeover.in_flight(fd) if request.opcode == READ]
+
+    @contextmanager
+    def between_daemons(self) -> Iterator[int]:
+        """The daemon was killed and the next is not started yet; the memfd."""
+        supervisor, daemon = self.pid("supervisor"), self.pid("daemon")
+        os.kill(supervisor, signal.SIGSTOP)
+        os.kill(daemon, signal.SIGKILL)
+        until(lambda: Path(f"/proc/{daemon}/stat").read_text().split()[2] == "Z")
+        with self.memfd() as fd:
+            yield fd
+        os.kill(supervisor, signal.SIGCONT)
+
+    def is_mounted(self) -> bool:
+        return f" {self.root} " in Path("/proc/self/mountinfo").read_text()
+
+    def abort(self) -> None:
+        """End every request of our mount with an error, whatever state the daemon is in."""
+        control = self.state / "fusectl"
+        control.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if f" {self.root} " in line:
+                minor = line.split()[2].split(":")[1]
+                (control / minor / "abort").write_text("1")
+        subprocess.run(["umount", control], check=True)
+
+    def clean_up(self) -> None:
+        for name in ("supervisor", "daemon"):
+            with suppress(FileNotFoundError, ProcessLookupError, ChildProcessError):
+                pid = self.pid(name)
+                os.kill(pid, signal.SIGKILL)
+                # Ours, as the nearest subreaper.
+                until(lambda pid=pid: os.waitpid(pid, os.WNOHANG)[0] == pid)  # type: ignore[misc]
+        if self.is_mounted():
+            self.abort()
+            subprocess.run(["umount", "-l", self.root], check=True)
+
+
+@contextmanager
+def cleaned_up(directory: Path) -> Iterator[Mounted]:
+    """A directory to serve, which is not served any more afterwards, whatever happens."""
+    mounted = Mounted(directory)
+    overdue = threading.Timer(DEADLINE_S, mounted.abort)
+    overdue.daemon = True
+    overdue.start()
+    try:
+        yield mounted
+    finally:
+        overdue.cancel()
+        if (mounted.run / "log").exists():
+            print(mounted.log())
+        mounted.clean_up()
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[Mounted]:
+    with cleaned_up(directory) as mounted:
+        assert mounted.start().returncode == 0
+        yield mounted
+
+
+def until(condition: Callable[[], object], seconds: float = WAIT_S) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not become true"
+        time.sleep(0.002)
+
+
+# Many threads, each blocked in one read.
+READ_MANY = """
+import os, sys, threading
+def read():
+    os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)
+for _ in range(int(sys.argv[2])):
+    threading.Thread(target=read).start()
+"""
+
+
+@contextmanager
+def readers(mounted: Mounted, count: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose `count` threads are parked."""
+    command = [sys.executable, "-S", "-c", READ_MANY, str(mounted.root / "park"), str(count)]
+    with subprocess.Popen(command) as process:
+        try:
+            until(lambda: len(mounted.parked()) == count)
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def reader(mounted: Mounted) -> Iterator[subprocess.Popen[bytes]]:
+    """A cat(1) that is parked."""
+    before = len(mounted.parked())
+    command = ["cat", str(mounted.root / "park")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            until(lambda: len(mounted.parked()) == before + 1)
+            yield process
+        finally:
+            process.kill()
+
+
+def released(mounted: Mounted, process: subprocess.Popen[bytes]) -> None:
+    """The parked reader can still be answered."""
+    (mounted.state / "release").touch()
+    # More than one line: cat reads until the end, which is a file that is always "released".
+    assert process.stdout
+    assert process.stdout.readline() == b"released\n"
+    process.kill()
+    process.wait(2)
+    until(lambda: not mounted.parked())
+
+
+def parked_readers_die_of_signals(directory: Path) -> None:
+    with served(directory) as mounted:
+        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+            with reader(mounted) as process:
+                began = time.monotonic()
+                process.send_signal(number)
+                process.wait(2)
+                print(f"gone {1000 * (time.monotonic() - began):.1f} ms after signal {number}")
+                assert process.returncode == -number
+        until(lambda: not mounted.parked())
+
+
+def many_parked_readers(directory: Path) -> None:
+    with served(directory) as mounted, readers(mounted, 300) as process:
+        began = time.monotonic()
+        for _ in range(100):
+            os.stat(mounted.root / "data")
+        print(f"stat beside 300 parked: {(time.monotonic() - began) * 10000:.0f} us")
+        mounted.kill_daemon()
+        began = time.monotonic()
+        os.stat(mounted.root / "data")
+        print(f"stat across a takeover: {time.monotonic() - began:.3f} s")
+        until(lambda: len(mounted.parked()) == 300)
+        began = time.monotonic()
+        process.kill()
+        process.wait(2)
+        print(f"300 gone {1000 * (time.monotonic() - began):.0f} ms after SIGKILL")
+        until(lambda: not mounted.parked())
+
+
+def full_interrupt_pipe(directory: Path) -> None:
+    """INTERRUPTs that do not fit into it are sent by the kernel again."""
+    with cleaned_up(directory) as mounted:
+        (mounted.state / "deaf").touch()
+        assert mounted.start().returncode == 0
+        pid = mounted.pid("daemon")
+        with mounted.memfd() as memfd:
+            (interrupt_fd,) = struct.unpack("=24xi", os.pread(memfd, 28, 0))
+        pipe_fd = os.open(f"/proc/{pid}/fd/{interrupt_fd}", os.O_RDONLY | os.O_NONBLOCK)
+        assert fcntl.fcntl(pipe_fd, fcntl.F_SETPIPE_SZ, 4096) == 4096
+        os.close(pipe_fd)
+        with readers(mounted, 600) as process:
+            process.kill()
+            time.sleep(0.2)
+            assert len(mounted.parked()) == 600
+            (mounted.state / "deaf").unlink()
+            process.wait(5)
+        until(lambda: not mounted.parked())
+
+
+WORK = """
+import os, sys
+root, state, name = sys.argv[1:]
+fd = os.open(f"{root}/data", os.O_RDWR)
+count = 0
+while not os.path.exists(f"{state}/stop"):
+    os.stat(f"{root}/data")
+    assert os.pread(fd, 5, 0) == b"data\\n"
+    assert os.pwrite(fd, b"data\\n", 0) == 5
+    os.mkdir(f"{root}/{name}-{count}")
+    assert os.path.isdir(f"{root}/{name}-{count}")
+    with open(f"{root}/number") as number:
+        assert int(number.read()) >= 1
+    count += 1
+print(count)
+"""
+
+
+def daemon_killed_in_a_loop(directory: Path) -> None:
+    kills = int(os.environ.get("NSFS_KILLS", "20"))
+    with served(directory) as mounted:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-S", "-c", WORK, mounted.root, mounted.state, f"w{k}"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for k in range(4)
+        ]
+        held_fd = os.open(mounted.root / "data", os.O_RDWR)
+        for _ in range(kills):
+            # While it starts, while it replays, while it serves.
+            time.sleep(random.choice([random.uniform(0, 0.15), random.uniform(0, 1.3)]))
+            pid = mounted.pid("daemon")
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: mounted.pid("daemon") != pid)  # type: ignore[misc]
+        assert os.pread(held_fd, 5, 0) == b"data\n"
+        os.close(held_fd)
+        (mounted.state / "stop").touch()
+        made = []
+        for k, worker in enumerate(workers):
+            output, _ = worker.communicate(timeout=WAIT_S)
+            assert worker.returncode == 0, f"worker {k}"
+            made += [f"w{k}-{i}" for i in range(int(output))]
+        assert sorted(os.listdir(mounted.state / "dirs")) == sorted(made)
+        # A line may be missing (killed before it was written); one too many is a mkdir done twice.
+        journal = (mounted.state / "journal").read_text().split()
+        assert len(set(journal)) == len(journal)
+        until(lambda: not mounted.parked())
+        print(f"{len(made)} rounds and {len(mounted.replayed())} replayed mkdir in {kills} kills")
+
+
+def parked_reader_outlives_the_daemon(directory: Path) -> None:
+    with served(directory) as mounted, reader(mounted) as process:
+        for number in (2, 3):
+            mounted.kill_daemon()
+            mounted.wait_for_daemon(number)
+            assert mounted.number() == number
+        released(mounted, process)
+
+
+def signal_is_not_lost_at_takeover(directory: Path) -> None:
+    """The daemon is killed with the INTERRUPT unread, and with it read but not acted upon."""
+    with served(directory) as mounted:
+        with reader(mounted) as process:
+            daemon = mounted.pid("daemon")
+            os.kill(daemon, signal.SIGSTOP)
+            process.kill()
+            os.kill(daemon, signal.SIGKILL)
+            process.wait(2)
+        (mounted.state / "deaf").touch()
+        mounted.kill_daemon()
+        mounted.wait_for_daemon(3)
+        with reader(mounted) as process:
+            process.kill()
+            time.sleep(0.1)
+            assert len(mounted.parked()) == 1
+            (mounted.state / "deaf").unlink()
+            mounted.kill_daemon()
+            process.wait(2)
+        until(lambda: not mounted.parked())
+
+
+def move_to_landing(memfd: int, keep: bool) -> None:
+    """What is in slot 0 is in the landing then, and in the slot as well if `keep`."""
+    (size,) = struct.unpack("=I", os.pread(memfd, 4, takeover._USED))
+    assert size
+    os.pwrite(memfd, os.pread(memfd, size, takeover._FIRST_SLOT), LANDING)
+    if not keep:
+        os.pwrite(memfd, bytes(4), takeover._USED)
+
+
+def killed_before_the_request_was_recorded(directory: Path, keep: bool = False) -> None:
+    with served(directory) as mounted, reader(mounted) as process:
+        uniques = mounted.parked()
+        with mounted.between_daemons() as memfd:
+            move_to_landing(memfd, keep)
+        assert mounted.number() == 2
+        until(lambda: mounted.parked() == uniques == mounted.replayed())
+        released(mounted, process)
+
+
+def killed_while_the_request_was_recorded(directory: Path) -> None:
+    killed_before_the_request_was_recorded(directory, keep=True)
+
+
+def killed_after_the_reply(directory: Path) -> None:
+    with served(directory) as mounted:
+        os.mkdir(mounted.root / "d")
+        with mounted.between_daemons() as memfd:
+            size, opcode = struct.unpack("=II", os.pread(memfd, 8, takeover._FIRST_SLOT))
+            assert opcode == MKDIR
+            os.pwrite(memfd, struct.pack("=I", size), takeover._USED)
+        assert mounted.number() == 2
+        assert mounted.replayed() == []
+
+
+def killed_with_what_needs_no_reply(directory: Path) -> None:
+    with served(directory) as mounted, reader(mounted) as process:
+        (unique,) = mounted.parked()
+        for number, opcode in enumerate((FORGET, INTERRUPT), start=2):
+            request = struct.pack("=IIQQIIIIQ", 48, opcode, unique | 1, 1, 0, 0, 0, 0, unique)
+            with mounted.between_daemons() as memfd:
+                os.pwrite(memfd, request, LANDING)
+            assert mounted.number() == number
+            until(lambda: mounted.parked() == [unique])
+        released(mounted, process)
+
+
+def killed_before_init_was_answered(directory: Path) -> None:
+    with cleaned_up(directory) as mounted:
+        (mounted.state / "fault").write_text("init")
+        assert mounted.start().returncode == 0
+        assert mounted.number() == 3
+        assert os.listdir(mounted.state / "dirs") == []
+
+
+def large_requests(directory: Path) -> None:
+    content = os.urandom(1 << 20)
+    with served(directory) as mounted:
+        with open(mounted.root / "data", "r+b", buffering=0) as file:
+            for at in range(0, len(content), 200_000):
+                piece = content[at : at + 200_000]
+                assert os.pwrite(file.fileno(), piece, at) == len(piece)
+            mounted.kill_daemon()
+            assert os.pread(file.fileno(), len(content), 0) == content
+        assert (mounted.state / "data").read_bytes() == content
+        with suppress(OSError):
+            os.setxattr(mounted.root / "data", "user.large", b"x" * 65536)
+        assert mounted.number() == 2
+
+
+def clean_end(directory: Path) -> None:
+    other = directory / "other"
+    other.mkdir()
+    with cleaned_up(directory) as mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "none", other], check=True)
+        supervisor = subprocess.Popen(mounted.command("--foreground", "--unmount", str(other)))
+        until((mounted.run / "daemon.pid").exists)
+        assert mounted.number() == 1
+        daemon = mounted.pid("daemon")
+        with reader(mounted) as process:
+            supervisor.terminate()
+            assert supervisor.wait(WAIT_S) == 0
+            process.wait(2)
+        mounts = Path("/proc/self/mountinfo").read_text()
+        assert str(mounted.root) not in mounts
+        assert str(other) not in mounts
+        assert not Path(f"/proc/{daemon}").exists()
+        assert list(mounted.run.iterdir()) == []
+        # All is free for the next one, but not for two.
+        assert mounted.start().returncode == 0
+        assert mounted.start().returncode == 1
+        pid = mounted.pid("supervisor")
+        os.kill(pid, signal.SIGINT)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert not mounted.is_mounted()
+        assert [path.name for path in mounted.run.iterdir()] == ["log"]
+
+
+def stop_of_a_stuck_daemon(directory: Path) -> None:
+    with cleaned_up(directory) as mounted:
+        supervisor = subprocess.Popen(mounted.command("--foreground"))
+        until((mounted.run / "daemon.pid").exists)
+        assert mounted.number() == 1
+        with reader(mounted) as process:
+            os.kill(mounted.pid("daemon"), signal.SIGSTOP)
+            supervisor.terminate()
+            with pytest.raises(subprocess.TimeoutExpired):
+                supervisor.wait(0.3)
+            supervisor.terminate()
+            assert supervisor.wait(WAIT_S) == 1
+            process.wait(2)
+        assert not mounted.is_mounted()
+
+
+def first_daemon_fails(directory: Path, fault: str, status: str) -> None:
+    with cleaned_up(directory) as mounted:
+        (mounted.state / "fault").write_text(fault.replace("_", " "))
+        assert mounted.start().returncode == int(status)
+        assert not mounted.is_mounted()
+        assert [path.name for path in mounted.run.iterdir()] == ["log"]
+        foreground = subprocess.run(mounted.command("--foreground"), timeout=WAIT_S)
+        assert foreground.returncode == int(status)
+        assert not mounted.is_mounted()
+
+
+def back_off(directory: Path) -> None:
+    with served(directory) as mounted:
+        (mounted.state / "fault").write_text(f"later {signal.SIGABRT:d}")
+        starts = mounted.state / "starts"
+        mounted.kill_daemon()
+        until(lambda: len(starts.read_text().split()) >= 11, 20)
+        times = [float(line) for line in starts.read_text().split()]
+        delays = [after - before for before, after in pairwise(times[1:])]
+        print("delays", *(f"{delay:.2f}" for delay in delays))
+        assert max(delays[:2]) < 0.8 < min(delays[8:])
+        assert max(delays) < 2
+        (mounted.state / "fault").unlink()
+        assert mounted.number() == len(times) + 1
+
+
+def request_that_kills_daemons(directory: Path) -> None:
+    """Who made it gets an error, and the others are served."""
+    with served(directory) as mounted, reader(mounted) as process:
+        made = subprocess.run(["mkdir", mounted.root / "abort"], timeout=WAIT_S)
+        assert made.returncode == 1
+        assert (mounted.root / "data").read_bytes()
+        assert mounted.log().count("signal 6") == 3
+        released(mounted, process)
+
+
+def parent_is_killed(directory: Path) -> None:
+    """Who waits for the mount gives up: there is none then."""
+    with cleaned_up(directory) as mounted:
+        (mounted.state / "fault").write_text(f"signal {signal.SIGSTOP:d}")
+        with subprocess.Popen(mounted.command()) as parent:
+            until((mounted.run / "daemon.pid").exists)
+            supervisor, daemon = mounted.pid("supervisor"), mounted.pid("daemon")
+            until(lambda: Path(f"/proc/{daemon}/stat").read_text().split()[2] == "T")
+            parent.kill()
+        os.kill(daemon, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) in (0, 1)
+        assert not mounted.is_mounted()
+
+
+def foreground_notifies_systemd(directory: Path) -> None:
+    abstract = f"\0nsfs-test-{os.getpid()}"
+    with cleaned_up(directory) as mounted:
+        for number, address in enumerate([abstract, str(directory / "notify")]):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+                heard.bind(address)
+                heard.settimeout(WAIT_S)
+                environment = os.environ | {"NOTIFY_SOCKET": address.replace("\0", "@")}
+                supervisor = subprocess.Popen(mounted.command("--foreground"), env=environment)
+                assert heard.recv(100) == b"READY=1"
+                assert mounted.number() == 1
+                mounted.kill_daemon()
+                assert mounted.number() == 2
+                supervisor.send_signal(signal.SIGINT if number else signal.SIGTERM)
+                assert heard.recv(100) == b"STOPPING=1"
+                assert supervisor.wait(WAIT_S) == 0
+
+
+def joins_nothing_else(directory: Path) -> None:
+    """Wrong arguments and a cgroup that is not there are errors before anything is mounted."""
+    with cleaned_up(directory) as mounted:
+        for options in (["--cgroup", str(directory)], ["--unmount", "relative"], ["--bogus"]):
+            assert subprocess.run(mounted.command(*options), timeout=WAIT_S).returncode in (1, 2)
+            assert not mounted.is_mounted()
+        # A descriptor of the caller reaches neither the supervisor nor the daemon.
+        stray_fd = os.open(directory, os.O_RDONLY)
+        subprocess.run(mounted.command(), pass_fds=[stray_fd], check=True, timeout=WAIT_S)
+        os.close(stray_fd)
+        for name in ("supervisor", "daemon"):
+            fds = Path(f"/proc/{mounted.pid(name)}/fd")
+            assert str(directory) not in [os.readlink(fd) for fd in fds.iterdir()]
+            assert os.readlink(f"/proc/{mounted.pid(name)}/cwd") == "/"
+
+
+def supervisor_is_small(directory: Path) -> None:
+    with served(directory) as mounted:
+        rollup = Path(f"/proc/{mounted.pid('supervisor')}/smaps_rollup").read_text()
+        (pss,) = (line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
+        print(f"PSS {pss} kB")
+        assert int(pss) < 2048
+
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

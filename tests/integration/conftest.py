@@ -1,0 +1,217 @@
+"""A real instance for tests: the real daemon on the real kernel, in a mount namespace of its own.
+
+The whole run is in a private mount namespace (scripts/test), so mounts reach nobody.  One instance serves a module;
+every test is to leave it without containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NSFS = [sys.executable, "-P", "-m", "nsfs.cli"]
+DEADLINE_S = 30.0
+_serial = itertools.count(1)
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Look until a condition holds and return what it gave."""
+    end = time.monotonic() + deadline_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"never came true: {what}"
+        time.sleep(0.005)
+    return found
+
+
+class Instance:
+    """One mounted tree."""
+
+    def __init__(self, base: Path, options: list[str] | None = None) -> None:
+        self.base = base
+        self.tree = base / "tree"
+        self.run_dir = base / "run"
+        self.group = f"nsfs-test-{os.getpid()}-{next(_serial)}"
+        self.options = options or []
+
+    def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run nsfs(8)."""
+        return subprocess.run(
+            [*NSFS, *args], check=check, capture_output=True, text=True, timeout=DEADLINE_S * 2
+        )
+
+    def mount(self) -> None:
+        """Serve the tree."""
+        self.tree.mkdir(exist_ok=True)
+        done = self.command(
+            "mount",
+            str(self.tree),
+            "--run-dir",
+            str(self.run_dir),
+            "--cgroup",
+            self.group,
+            *self.options,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr + self.log()
+
+    def umount(self) -> None:
+        """End it, with whatever is in it."""
+        done = self.command("umount", str(self.tree), "--kill", check=False)
+        assert done.returncode == 0, done.stderr + self.log()
+
+    def log(self) -> str:
+        """The daemon's log."""
+        path = self.run_dir / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def status(self) -> dict[str, Any]:
+        """`nsfs status --json`."""
+        found: dict[str, Any] = json.loads(self.command("status", str(self.tree), "--json").stdout)
+        return found
+
+    def daemon(self) -> int:
+        """The daemon's PID."""
+        return int((self.run_dir / "daemon.pid").read_text())
+
+    def kill_daemon(self) -> None:
+        """kill -9; returns when the next daemon has a PID."""
+        old = self.daemon()
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: self.daemon() != old, "the supervisor starts a new daemon")
+
+    def groups(self) -> list[str]:
+        """Names of the groups of containers."""
+        found = []
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, directory, kind, _ = line.split(" ", 3)
+            top = Path(directory, self.group)
+            if kind == "cgroup2" and top.is_dir():
+                found += [p.name for p in top.iterdir() if p.is_dir()]
+        return found
+
+    def settled(self) -> None:
+        """Wait until nothing is left of containers that were removed."""
+        wait_until(
+            lambda: not self.groups() and not list((self.run_dir / "c").iterdir()),
+            f"nothing is left behind: {self.groups()} {list((self.run_dir / 'c').iterdir())}",
+        )
+
+
+class Container:
+    """A container's directory, and what a test does with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def read(self, name: str) -> str:
+        """A control file's text."""
+        return (self.path / name).read_text()
+
+    def write(self, name: str, value: str) -> None:
+        """Write a control file as echo(1) does."""
+        write(self.path / name, value)
+
+    def state(self) -> dict[str, str]:
+        """`state` as a dict."""
+        return dict(line.split(" ", 1) for line in self.read("state").splitlines())
+
+    @property
+    def init(self) -> int:
+        """The host's PID of the init."""
+        return int(self.read("init"))
+
+    def start(self, *words: str) -> None:
+        """Start a command by `exec`."""
+        self.write("exec", " ".join("'" + w.replace("'", "'\\''") + "'" for w in words))
+
+    def run(self, script: str, deadline_s: float = DEADLINE_S) -> str:
+        """Run a shell script inside by `exec` and return what it printed; fails when it does."""
+        code, output = self.run_code(script, deadline_s)
+        assert code == 0, f"{script}: exit {code}: {output}"
+        return output
+
+    def run_code(self, script: str, deadline_s: float = DEADLINE_S) -> tuple[int, str]:
+        """The same; exit status and output."""
+        mark = f"mark-{os.getpid()}-{next(_serial)}"
+        self.start("sh", "-c", f"echo {mark}-begin; (\n{script}\n) 2>&1; echo {mark}-end $?")
+        text = ""
+
+        def ended() -> bool:
+            nonlocal text
+            text = (self.path / "output").read_text(errors="replace")
+            return f"{mark}-end" in text and text.endswith("\n")
+
+        wait_until(ended, f"{script} ends: {text!r}", deadline_s)
+        body = text.split(f"{mark}-begin\n", 1)[1]
+        output, _, rest = body.rpartition(f"{mark}-end ")
+        return int(rest.split()[0]), output
+
+
+def write(path: Path, value: str) -> None:
+    """One write(2) of a value with a newline."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, value.encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def serving(base: Path, options: list[str] | None = None) -> Iterator[Instance]:
+    """An instance that is mounted, and afterwards leaves nothing behind."""
+    instance = Instance(base, options)
+    instance.mount()
+    try:
+        yield instance
+    finally:
+        instance.umount()
+    assert not instance.groups()
+    errors = [x for x in instance.log().splitlines() if " ERROR " in x or " WARNING " in x]
+    assert not errors, "\n".join(errors) + "\n" + instance.log()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """One instance for a module."""
+    with serving(tmp_path_factory.mktemp("nsfs")) as found:
+        yield found
+
+
+@pytest.fixture
+def tree(instance: Instance) -> Iterator[Path]:
+    """The mount point; the test is to leave no container in it."""
+    yield instance.tree
+    left = [p.name for p in instance.tree.iterdir() if (p / "exec").exists()]
+    for name in left:
+        subprocess.run(["rm", "-rf", str(instance.tree / name)], check=False, timeout=DEADLINE_S)
+    instance.settled()
+
+
+@pytest.fixture
+def web(tree: Path) -> Container:
+    """A container called web."""
+    path = tree / "web"
+    path.mkdir()
+    return Container(path)
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    """Whether a descriptor becomes readable in time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))

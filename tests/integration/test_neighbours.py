@@ -1,0 +1,177 @@
+"""A good neighbour: with the tree in /sys, everybody else's containers work as before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import Container, Instance
+
+SHELL = ["sh", "-ec"]
+
+
+def run(script: str) -> str:
+    done = subprocess.run(
+        [*SHELL, script], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def sys_mounts() -> list[str]:
+    """What is mounted at and below /sys: everything of each line but the mounts' own numbers."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == "/sys" or fields[4].startswith("/sys/"):
+            found.append(" ".join(fields[2:]))
+    return found
+
+
+class Grafted(Instance):
+    """The default mount point, below /sys."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self.tree = Path("/sys/namespaces")
+
+    def mount(self) -> None:
+        done = self.command(
+            "mount", str(self.tree), "--run-dir", str(self.run_dir), "--cgroup", self.group,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + self.log()
+
+
+@pytest.fixture(scope="module")
+def grafted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grafted]:
+    before = sys_mounts()
+    instance = Grafted(tmp_path_factory.mktemp("graft"))
+    instance.mount()
+    try:
+        yield instance
+    finally:
+        instance.umount()
+    assert sys_mounts() == before
+    assert not instance.groups()
+
+
+@pytest.fixture
+def web(grafted: Grafted) -> Iterator[Container]:
+    path = grafted.tree / "web"
+    path.mkdir()
+    yield Container(path)
+    subprocess.run(["rm", "-rf", path], check=True, timeout=60)
+    grafted.settled()
+
+
+def test_sys_is_what_it_was(grafted: Grafted) -> None:
+    assert "namespaces" in os.listdir("/sys")
+    for path in ("/sys/class/net/lo/mtu", "/sys/kernel/uevent_seqnum", "/sys/fs/cgroup"):
+        assert os.path.exists(path), path
+    assert os.path.realpath("/sys/class/net/lo") == "/sys/devices/virtual/net/lo"
+    assert Path("/sys/class/net/lo/mtu").read_text().strip() == "65536"
+    kinds = [line.split()[2] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    assert kinds.count("fuse.namespaces") == 1
+
+
+def test_a_user_namespace_can_still_mount_sysfs_and_proc(grafted: Grafted) -> None:
+    run("unshare -Urnm mount -t sysfs none /sys")
+    run("unshare -Urmpf --mount-proc true")
+
+
+def test_inside_a_container_too(web: Container) -> None:
+    web.run("unshare -Urnm mount -t sysfs none /sys && echo ok")
+    web.run("unshare -Urmpf --mount-proc true && echo ok")
+
+
+def test_rbind_of_sys_and_rm_rf_harm_nothing(web: Container, tmp_path: Path) -> None:
+    web.start("sleep", "1000")
+    target = tmp_path / "chroot-sys"
+    target.mkdir()
+    script = f"mount --rbind /sys {target} && ls {target}/namespaces && rm -rf {target}/namespaces"
+    subprocess.run(["unshare", "-m", *SHELL, script], check=False, timeout=60)
+    assert web.path.is_dir()
+    assert "populated 1" in web.read("state")
+    # Nor a mount namespace made anew.
+    again = f"mount --make-rprivate / && mount --rbind /sys {target} && ls -a {target}/namespaces"
+    done = subprocess.run(
+        ["unshare", "-m", *SHELL, again], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert "web" not in done.stdout
+
+
+def test_bubblewrap_runs(grafted: Grafted) -> None:
+    out = run(
+        "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --tmpfs /tmp sh -c 'echo $$ ok'"
+    )
+    assert out.split()[1] == "ok"
+
+
+def test_runc_runs(grafted: Grafted, tmp_path: Path) -> None:
+    root = tmp_path / "bundle" / "rootfs"
+    (root / "bin").mkdir(parents=True)
+    run(f"cp $(command -v busybox) {root}/bin/ && ln -s busybox {root}/bin/sh")
+    run(f"cd {tmp_path}/bundle && runc spec")
+    config = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    config["process"]["terminal"] = False
+    config["process"]["args"] = ["sh", "-c", "echo from runc; /bin/busybox ls /sys/class/net"]
+    (tmp_path / "bundle" / "config.json").write_text(json.dumps(config))
+    name = f"nsfstest{os.getpid()}"
+    out = run(f"cd {tmp_path}/bundle && runc --root {tmp_path}/runc run {name}")
+    assert "from runc" in out
+    assert "lo" in out
+
+
+def test_podman_runs(grafted: Grafted, tmp_path: Path) -> None:
+    root = tmp_path / "rootfs"
+    (root / "bin").mkdir(parents=True)
+    for name in ("proc", "sys", "dev", "tmp", "run", "etc"):
+        (root / name).mkdir()
+    run(f"cp $(command -v busybox) {root}/bin/ && ln -s busybox {root}/bin/sh")
+    base = (
+        f"podman --root {tmp_path}/storage --runroot {tmp_path}/runroot --cgroup-manager cgroupfs"
+        " --events-backend none --storage-driver vfs"
+    )
+    out = run(
+        f"{base} run --rm --network none --cgroups disabled --log-driver none"
+        f" --rootfs {root} sh -c 'echo from podman'"
+    )
+    assert "from podman" in out
+
+
+def test_lxc_runs(grafted: Grafted, tmp_path: Path) -> None:
+    root = tmp_path / "rootfs"
+    for name in ("bin", "proc", "sys", "dev", "tmp", "run", "etc", "sbin"):
+        (root / name).mkdir(parents=True)
+    run(f"cp $(command -v busybox) {root}/bin/ && ln -s busybox {root}/bin/sh")
+    (tmp_path / "lxc" / "c").mkdir(parents=True)
+    (tmp_path / "lxc" / "c" / "config").write_text(
+        f"lxc.rootfs.path = dir:{root}\nlxc.uts.name = c\nlxc.net.0.type = empty\n"
+        "lxc.mount.auto = proc:mixed sys:mixed\n"
+    )
+    out = run(f"lxc-execute -P {tmp_path}/lxc -n c -- /bin/busybox echo from lxc")
+    assert "from lxc" in out
+
+
+def test_two_instances_side_by_side(grafted: Grafted, tmp_path: Path, web: Container) -> None:
+    other = Instance(tmp_path)
+    other.mount()
+    try:
+        (other.tree / "web").mkdir()
+        assert Container(other.tree / "web").init != web.init
+        status = other.status()
+        assert status["dir"] == str(other.tree)
+        refused = other.command("umount", str(other.tree), check=False)
+        assert refused.returncode == 1
+        assert "1 container" in refused.stderr
+        assert (other.tree / "web").is_dir()
+    finally:
+        other.umount()
+    assert not other.groups()
+    assert web.run("echo still here") == "still here\n"

@@ -1,0 +1,238 @@
+"""rm -rf in all its spellings: silent, exit 0, no survivor, whatever goes on inside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Container, Instance, wait_until
+
+GONE_S = 10.0
+
+
+def remove_with(*words: str) -> Callable[[Path], None]:
+    def remove(path: Path) -> None:
+        done = subprocess.run(
+            [*words[:-1], *([str(path)] if words[-1] == "PATH" else [words[-1]])],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    return remove
+
+
+def remove_with_find(path: Path) -> None:
+    done = subprocess.run(
+        ["find", str(path), "-delete"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SPELLINGS = {
+    "gnu": remove_with("rm", "-rf", "PATH"),
+    "busybox": remove_with("busybox", "rm", "-rf", "PATH"),
+    "find": remove_with_find,
+    "shutil": shutil.rmtree,
+}
+
+
+def processes_of(instance: Instance, path: Path) -> list[int]:
+    """Every process in the groups of a container, its inits too."""
+    init = int((path / "init").read_text())
+    group = Path(f"/proc/{init}/cgroup").read_text().split("0::", 1)[1].split("\n")[0]
+    mount = next(
+        line.split()[1]
+        for line in Path("/proc/self/mounts").read_text().splitlines()
+        if line.split()[2] == "cgroup2"
+    )
+    top = Path(mount + os.path.dirname(group))
+    return [int(pid) for file in top.rglob("cgroup.procs") for pid in file.read_text().split()]
+
+
+def all_gone(pids: list[int]) -> bool:
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_kills_everything_that_is_nested(
+    spelling: str, tree: Path, web: Container, instance: Instance
+) -> None:
+    os.makedirs(web / "db" / "deep")
+    os.mkdir(web / "cache")
+    for each in (web, Container(web / "db"), Container(web / "db" / "deep")):
+        each.start("sleep", "1000")
+        each.start("sh", "-c", "trap '' TERM INT HUP; while :; do sleep 0.01; done")
+    wait_until(lambda: int(web.state()["procs"]) >= 6, "everything runs")
+    pids = processes_of(instance, web.path)
+    assert len(pids) >= 10
+    SPELLINGS[spelling](web.path)
+    assert not web.path.exists()
+    wait_until(lambda: all_gone(pids), "no survivor", GONE_S)
+    instance.settled()
+    web.path.mkdir()
+    assert web.run("echo again") == "again\n"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_while_members_fork(spelling: str, web: Container, instance: Instance) -> None:
+    # Each lives a moment and forks again: about a hundred at any time, new PIDs all the while.
+    for _ in range(4):
+        web.start("sh", "-c", "while :; do for i in 1 2 3 4 5; do sleep 0.01 & done; wait; done")
+    wait_until(lambda: int(web.state()["procs"]) >= 8, "it forks")
+    SPELLINGS[spelling](web.path)
+    assert not web.path.exists()
+    instance.settled()
+
+
+def test_while_somebody_makes_containers_inside(web: Container, instance: Instance) -> None:
+    stop = threading.Event()
+    made = 0
+
+    def make() -> None:
+        nonlocal made
+        number = 0
+        while not stop.is_set() and number < 2000:
+            number += 1
+            try:
+                os.mkdir(web / f"c{number}")
+                made += 1
+            except OSError:
+                if not web.path.exists():
+                    return
+
+    makers = [threading.Thread(target=make) for _ in range(2)]
+    for each in makers:
+        each.start()
+    try:
+        wait_until(lambda: made > 5, "containers are made")
+        done = subprocess.run(["rm", "-rf", web.path], check=False, capture_output=True, timeout=60)
+    finally:
+        stop.set()
+        for each in makers:
+            each.join()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not web.path.exists()
+    instance.settled()
+
+
+def test_two_at_once(tree: Path, web: Container, instance: Instance) -> None:
+    for round_number in range(5):
+        top = tree / f"r{round_number}"
+        for name in ("a", "b", "c"):
+            os.makedirs(top / name / "d")
+            Container(top / name).start("sleep", "1000")
+        both = [
+            subprocess.Popen(["rm", "-rf", top], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for _ in range(2)
+        ]
+        for each in both:
+            out, _ = each.communicate(timeout=60)
+            assert (each.returncode, out) == (0, b"")
+        assert not top.exists()
+    os.rmdir(web.path)
+    instance.settled()
+
+
+def test_while_a_member_is_stopped(web: Container, instance: Instance) -> None:
+    web.start("sleep", "1000")
+    pid = int(wait_until(lambda: os.listdir(web / "procs"), "sleep runs")[0])
+    os.kill(pid, signal.SIGSTOP)
+    SPELLINGS["gnu"](web.path)
+    wait_until(lambda: all_gone([pid]), "it is gone", GONE_S)
+    instance.settled()
+
+
+def test_while_a_member_is_frozen(web: Container, instance: Instance) -> None:
+    web.start("sleep", "1000")
+    wait_until(lambda: os.listdir(web / "procs"), "sleep runs")
+    web.write("freeze", "1")
+    wait_until(lambda: web.state()["frozen"] == "1", "frozen")
+    pids = processes_of(instance, web.path)
+    SPELLINGS["gnu"](web.path)
+    wait_until(lambda: all_gone(pids), "they are gone", GONE_S)
+    instance.settled()
+
+
+def test_while_a_member_is_traced(web: Container, instance: Instance) -> None:
+    web.start("sleep", "1000")
+    pid = int(wait_until(lambda: os.listdir(web / "procs"), "sleep runs")[0])
+    with subprocess.Popen(
+        ["strace", "-p", str(pid)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as tracer:
+        wait_until(
+            lambda: "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text(), "it is traced"
+        )
+        SPELLINGS["gnu"](web.path)
+        wait_until(lambda: all_gone([pid]), "it is gone", GONE_S)
+        tracer.wait(timeout=10)
+    instance.settled()
+
+
+def test_while_a_member_waits_in_a_read_of_nsfs(web: Container, instance: Instance) -> None:
+    web.start("cat", "/dev/kmsg")
+    web.start("cat", "/proc/kmsg")
+    wait_until(lambda: int(web.state()["procs"]) == 2, "both read")
+    time.sleep(0.1)
+    pids = processes_of(instance, web.path)
+    SPELLINGS["gnu"](web.path)
+    wait_until(lambda: all_gone(pids), "they are gone", GONE_S)
+    instance.settled()
+
+
+@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])
+def test_a_reader_that_waits_ends_by_a_signal(name: signal.Signals, web: Container) -> None:
+    web.start("cat", "/dev/kmsg")
+    pid = int(wait_until(lambda: os.listdir(web / "procs"), "cat runs")[0])
+    time.sleep(0.1)
+    begin = time.monotonic()
+    os.kill(pid, name)
+    wait_until(lambda: all_gone([pid]), "it is gone", 5.0)
+    assert time.monotonic() - begin < 2.0
+
+
+def test_rm_of_a_file_or_of_what_is_in_it_harms_nothing(web: Container) -> None:
+    web.start("sleep", "1000")
+    os.mkdir(web / "db")
+    wait_until(lambda: web.state()["populated"] == "1", "sleep runs")
+    subprocess.run(["rm", "-f", web / "kmsg", web / "state"], check=True)
+    assert "populated 1" in web.read("state")
+    # A child container goes, the container itself stays.
+    subprocess.run(f"rm -rf {web.path}/*", shell=True, check=True)
+    assert not (web / "db").exists()
+    assert web.state()["populated"] == "1"
+    assert sorted(os.listdir(web / "nsproxy"))
+    with pytest.raises(OSError, match="busy"):
+        os.rmdir(web.path)
+    with pytest.raises(OSError, match=r".") as caught:
+        os.rmdir(web / "nsproxy")
+    assert caught.value.errno == errno.ENOTEMPTY
+
+
+def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> None:
+    web.write("defaults/limits", "pids.max 500")
+    os.mkdir(web / "bomb")
+    bomb = Container(web / "bomb")
+    bomb.start("sh", "-c", "f() { f | f & f | f & wait; }; f 2>/dev/null")
+    wait_until(lambda: int(bomb.state()["procs"]) > 200, "it forks")
+    SPELLINGS["gnu"](web.path)
+    instance.settled()
+
+
+def test_nothing_is_left_of_two_hundred(tree: Path, instance: Instance) -> None:
+    for number in range(200):
+        os.mkdir(tree / f"n{number}")
+    subprocess.run(f"rm -rf {tree}/n*", shell=True, check=True, timeout=120)
+    instance.settled()
+    assert not [name for name in os.listdir(tree) if name.startswith("n") and name[1:].isdigit()]
