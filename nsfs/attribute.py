@@ -136,6 +136,8 @@ class Attribute(Entry):
     truncate: Callable[[Any, Caller], None] | None = None
     watch: Callable[[Any], Watchers] | None = None
     """Where its changes are told: poll(2) then gives POLLPRI as it does for cgroup.events."""
+    bound: str = ""
+    """nsfs binds it elsewhere or opens it itself: it finds it as `.f/FACE.BOUND`."""
     mtime: Callable[[Any], int] | None = None
     """The time of the last change in ns, for files that tail(1) follows."""
 

@@ -185,6 +185,8 @@ class Container:
     children: dict[str, Container] = field(default_factory=dict)
     faces: dict[int, int] = field(default_factory=dict)
     """Viewpoint's number to face's number."""
+    seen: tuple[int, int, Phase] = (0, 0, Phase.RUNNING)
+    """populated, frozen and phase when somebody was last told."""
     dying: bool = False
     busy: bool = False
     """It is being rebuilt."""

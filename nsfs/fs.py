@@ -173,7 +173,7 @@ class Operations(pyfuse3.Operations):
         # meanwhile.
         self.listed: dict[tuple[int, int], set[int]] = {}
         self._token: int = device.generation << 40
-        self.bound_files = {suffix: entry for suffix, entry in _bound_files(entries)}
+        self.bound_files = {e.bound: e for e in entries if isinstance(e, Attribute) and e.bound}
 
     # --- requests ---
 
@@ -648,12 +648,6 @@ class Operations(pyfuse3.Operations):
 
 def _caller(ctx: Any) -> Caller:
     return Caller(ctx.pid, ctx.uid, ctx.gid)
-
-
-def _bound_files(entries: tuple[Entry, ...]) -> Iterator[tuple[str, Entry]]:
-    for entry in entries:
-        if HIDDEN in entry.flags and entry.name.startswith("nsfs."):
-            yield entry.name.removeprefix("nsfs."), entry
 
 
 assert ROOT_NUMBER == pyfuse3.ROOT_INODE

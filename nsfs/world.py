@@ -55,6 +55,7 @@ class World:
         self.faces: dict[int, tuple[int, int]] = {}
         """Face's number to (viewpoint's, container's) number."""
         self._faces: dict[tuple[int, int], Face] = {}
+        self.null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.inotify = Inotify()
         self._empty = trio.lowlevel.ParkingLot()
         self._watches: dict[int, Container] = {}
@@ -183,13 +184,8 @@ class World:
         output_fd = await self.spawner.output(container.number)
         try:
             init = Init(self.store.socket_path(container.number))
-            with open(os.devnull, "rb") as null:
-                command = await init.execute(
-                    words,
-                    environment,
-                    (null.fileno(), output_fd, output_fd),
-                    keep_status=False,
-                )
+            fds = (self.null_fd, output_fd, output_fd)
+            command = await init.execute(words, environment, fds, keep_status=False)
         finally:
             # It is a file of our own mount: its close is a request, which we are to answer.
             await trio.to_thread.run_sync(os.close, output_fd)
@@ -243,17 +239,19 @@ class World:
                     each.own_log.report_suppressed()
 
     def look_at(self, container: Container) -> None:
-        """See what has become of a container and tell who waits."""
-        if (
-            container.phase is Phase.RUNNING
-            and not container.busy
-            and not container.group.events("init")["populated"]
-        ):
+        """See what has become of a container and tell who waits, if anything has."""
+        if container.busy or container.phase is Phase.GONE:
+            return
+        whole, members = container.group.events(), container.group.events("payload")
+        if container.phase is Phase.RUNNING and not container.group.events("init")["populated"]:
             container.phase = Phase.DEAD
             container.init_pid = 0
             container.save()
             log.info("the init of %s has ended", container.name)
-        container.tell()
+        seen = (members["populated"], whole["frozen"], container.phase)
+        if seen != container.seen:
+            container.seen = seen
+            container.tell()
 
     def start(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run something in the background."""

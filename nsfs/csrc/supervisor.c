@@ -339,7 +339,7 @@ static void mount_filesystem(void)
 		die("open", "/dev/fuse");
 	snprintf(options, sizeof(options),
 		 "fd=%d,rootmode=40755,user_id=0,group_id=0,allow_other,default_permissions", fuse_fd);
-	if (mount("namespaces", dir, "fuse.namespaces", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0)
+	if (mount(run_dir, dir, "fuse.namespaces", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0)
 		die("mount", dir);
 	mounted = true;
 	if (mount(NULL, dir, NULL, MS_UNBINDABLE, NULL) < 0)

@@ -12,7 +12,7 @@ import errno
 import shlex
 import time
 
-from nsfs.attribute import HIDDEN, NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
+from nsfs.attribute import NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
 from nsfs.container import Face
 
 ENVIRONMENT = (
@@ -41,9 +41,12 @@ async def exec_store(face: Face, value: str, caller: Caller) -> None:
     await container.world.execute(container, words, ENVIRONMENT)
 
 
-class OutputReader(OpenFile):
-    """An open `output`: from the oldest byte that is kept, to EOF; what comes later is read from
-    there on.
+class OutputFile(OpenFile):
+    """An open `output`.
+
+    Read, it gives all from the oldest byte that is kept, to EOF; what comes later is read from
+    there on.  Written, it appends: the commands have it as standard output and error.  (The same
+    inode for both, so that a `grep -r` of the tree knows the file that it prints into.)
 
     `base` is the position of the file's offset 0: it moves when bytes were overwritten before they
     were read.
@@ -64,18 +67,14 @@ class OutputReader(OpenFile):
             self.face.world.positions.put(self.token, self.base, 0, 0)
         return data
 
-    def release(self) -> None:
-        """Forget the position."""
-        self.face.world.positions.drop(self.token)
-
-
-class OutputWriter(OpenFile):
-    """What the commands have as standard output and error."""
-
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """Append, whatever the offset."""
         self.face.container.output.write(data, time.time_ns())
         return len(data)
+
+    def release(self) -> None:
+        """Forget the position."""
+        self.face.world.positions.drop(self.token)
 
 
 def output_mtime(face: Face) -> int:
@@ -86,6 +85,12 @@ def output_mtime(face: Face) -> int:
 
 FILES = (
     Attribute("exec", store=exec_store, flags=NOT_ON_ROOT),
-    Attribute("output", stream=OutputReader, mode=0o440, flags=NOT_ON_ROOT, mtime=output_mtime),
-    Attribute("nsfs.output", stream=OutputWriter, mode=0o200, flags=NOT_ON_ROOT | HIDDEN),
+    Attribute(
+        "output",
+        stream=OutputFile,
+        bound="output",
+        mode=0o440,
+        flags=NOT_ON_ROOT,
+        mtime=output_mtime,
+    ),
 )

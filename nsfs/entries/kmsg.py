@@ -108,6 +108,8 @@ def kmsg_mtime(face: Face) -> int:
     return face.container.log_changed_ns
 
 
+BOUND_ONLY = NOT_ON_ROOT | HIDDEN
+
 FILES = (
     Attribute(
         "kmsg",
@@ -117,6 +119,6 @@ FILES = (
         mtime=kmsg_mtime,
         flags=NOT_ON_ROOT,
     ),
-    Attribute("nsfs.kmsg", stream=DeviceFile, mode=0o644, flags=NOT_ON_ROOT | HIDDEN),
-    Attribute("nsfs.pkmsg", stream=ProcFile, mode=0o400, flags=NOT_ON_ROOT | HIDDEN),
+    Attribute("nsfs.dev", stream=DeviceFile, bound="kmsg", mode=0o644, flags=BOUND_ONLY),
+    Attribute("nsfs.proc", stream=ProcFile, bound="pkmsg", mode=0o400, flags=BOUND_ONLY),
 )

@@ -33,8 +33,9 @@ def stat_show(face: Face) -> str:
     if container.own("net") and container.alive():
         received, sent = network_bytes(container)
         pairs += [("net.rx_bytes", received), ("net.tx_bytes", sent)]
-    counters = container.log.ring.counters
-    pairs += [("log.records", counters.kept_records), ("log.dropped", counters.dropped_records)]
+    if container.parent is not None:
+        counters = container.log.ring.counters
+        pairs += [("log.records", counters.kept_records), ("log.dropped", counters.dropped_records)]
     return flat_keyed(pairs)
 
 

@@ -83,6 +83,8 @@ class Report:
         self.series: dict[str, Series] = {}
         self.goals: list[Goal] = []
         self.failed: list[str] = []
+        self.opcodes: dict[str, dict[str, int]] = {}
+        """FUSE requests by opcode, by the series that has their sum."""
 
     def add(self, name: str, value: float, unit: str = "s") -> None:
         """One more value of a series."""
@@ -129,6 +131,7 @@ class Report:
             **facts,
             "series": {name: each.summary() for name, each in self.series.items()},
             "goals": goals,
+            "opcodes": self.opcodes,
             "failed": self.failed,
         }
 

@@ -1,7 +1,7 @@
 """A real instance for tests: the real daemon on the real kernel, in a mount namespace of its own.
 
-The whole run is in a private mount namespace (scripts/test), so mounts reach nobody.  One instance serves a module;
-every test is to leave it without containers.
+The whole run is in a private mount namespace (scripts/test), so mounts reach nobody.  One instance
+serves a module; every test is to leave it without containers.
 """
 
 from __future__ import annotations
@@ -103,10 +103,13 @@ class Instance:
 
     def settled(self) -> None:
         """Wait until nothing is left of containers that were removed."""
-        wait_until(
-            lambda: not self.groups() and not list((self.run_dir / "c").iterdir()),
-            f"nothing is left behind: {self.groups()} {list((self.run_dir / 'c').iterdir())}",
-        )
+
+        def left() -> list[str]:
+            # 0 is the root's.
+            files = [p.name for p in (self.run_dir / "c").iterdir() if not p.name.startswith("0.")]
+            return self.groups() + files
+
+        wait_until(lambda: not left(), f"nothing is left behind: {left()}")
 
 
 class Container:
@@ -147,8 +150,11 @@ class Container:
 
     def run_code(self, script: str, deadline_s: float = DEADLINE_S) -> tuple[int, str]:
         """The same; exit status and output."""
-        mark = f"mark-{os.getpid()}-{next(_serial)}"
-        self.start("sh", "-c", f"echo {mark}-begin; (\n{script}\n) 2>&1; echo {mark}-end $?")
+        number = f"{os.getpid()}-{next(_serial)}"
+        mark = f"mark-{number}"
+        # Put together inside: the script may print its own command line.
+        shell = f"m=mark; echo $m-{number}-begin; (\n{script}\n) 2>&1; echo $m-{number}-end $?"
+        self.start("sh", "-c", shell)
         text = ""
 
         def ended() -> bool:
