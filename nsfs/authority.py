@@ -51,3 +51,28 @@ def _hidden_from_others(tid: int, path: str) -> bool:
         if real == "/":
             return False
         real = os.path.dirname(real)
+
+
+def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:
+    """EPERM when the caller's mount namespace has the tree at more than one place.
+
+    The mount is unbindable, so that `mount --rbind /sys chroot/sys` does not carry it along into a
+    tree that somebody will `rm -rf`.  But unshare(1) makes all mounts private, and so bindable, in
+    the namespaces that it makes.  There a removal may be meant for the copy, and what a copy's
+    removal would kill is the same.  Which of the two places a request came by cannot be seen.
+    """
+    root = "/" if not viewpoint else f"/.f/{viewpoint}"
+    wanted = f"{device[0]}:{device[1]}"
+    places = 0
+    try:
+        with open(f"/proc/{tid}/mountinfo", "rb") as file:
+            for line in file.read().decode(errors="surrogateescape").splitlines():
+                fields = line.split(" ", 5)
+                places += fields[2] == wanted and fields[3] == root
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    if places > 1:
+        raise PermissionError(
+            errno.EPERM,
+            f"the tree is mounted at {places} places there: which is meant is not clear",
+        )

@@ -26,7 +26,7 @@ import trio
 
 import nsfs.entries
 import nsfs.views
-from nsfs import config, lifecycle
+from nsfs import config, graft, lifecycle
 from nsfs.attribute import Entry
 from nsfs.cgroup import Hierarchies
 from nsfs.fs import Operations
@@ -136,7 +136,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         )
         world.spawner = spawner
         world.root.group.create_top()
-        operations = Operations(world, tables(), device)
+        operations = Operations(world, tables(), device, graft.device_numbers(args.dir))
         options = {"fsname=namespaces", "default_permissions", "allow_other"}
         pyfuse3.init(operations, device.path, options)
         # The mount is the supervisor's to take down.

@@ -36,6 +36,7 @@ from nsfs.attribute import (
     OpenFile,
     Watchers,
 )
+from nsfs.authority import check_seen_once
 from nsfs.container import Container, Face, Phase
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, Names, Node, Tables
 from nsfs.world import Processes, World, process_lives
@@ -157,8 +158,15 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, world: World, entries: tuple[Entry, ...], device: Any) -> None:
+    def __init__(
+        self,
+        world: World,
+        entries: tuple[Entry, ...],
+        device: Any,
+        device_numbers: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
+        self.device_numbers = device_numbers
         self.world = world
         self.device = device
         self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
@@ -244,10 +252,7 @@ class Operations(pyfuse3.Operations):
         number, _, suffix = name.partition(".")
         if not number.isdigit():
             raise FileNotFoundError(errno.ENOENT, "no such face", name)
-        try:
-            face = self.world.face_numbered(int(number))
-        except OSError:
-            raise FileNotFoundError(errno.ENOENT, "no such face", name) from None
+        face = self.world.face_numbered(int(number))
         if not suffix:
             return self.tables.of(face, self.tables.root)
         entry = self.bound_files.get(suffix)
@@ -452,6 +457,7 @@ class Operations(pyfuse3.Operations):
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             return
         container = node.face.container
+        check_seen_once(ctx.pid, self.device_numbers, node.face.viewpoint.number)
         if self._fully_marked(node):
             lifecycle.end(container)
         else:
@@ -576,7 +582,10 @@ class Operations(pyfuse3.Operations):
         request."""
         found = self.open_files.get(fh)
         if found is None:
-            node = self.node(self.device.current()[1])
+            try:
+                node = self.node(self.device.current()[1])
+            except FileNotFoundError:
+                raise OSError(errno.ENODEV, "the container is gone", str(fh)) from None
             found = self._open(node, fh, os.O_RDWR, Caller(0, 0, 0), True)
             self.open_files[fh] = found
         return found

@@ -11,11 +11,11 @@ below the run directory.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 
 from nsfs import syscalls
+from nsfs.attribute import unescape
 from nsfs.syscalls import MNT_DETACH, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC
 
 SYS = "/sys"
@@ -72,13 +72,7 @@ def mounts() -> Iterator[tuple[str, str, str]]:
         for line in file:
             before, _, after = line.partition(" - ")
             kind, source = after.split()[:2]
-            yield _plain(before.split()[4]), kind, _plain(source)
-
-
-def _plain(word: str) -> str:
-    from nsfs.attribute import unescape
-
-    return unescape(word)
+            yield unescape(before.split()[4]), kind, unescape(source)
 
 
 def served(directory: str) -> str | None:
@@ -90,7 +84,13 @@ def served(directory: str) -> str | None:
     return found
 
 
-def check_free(directory: str) -> None:
-    """EBUSY when a tree is served there already."""
-    if served(directory):
-        raise OSError(errno.EBUSY, "already served", directory)
+def device_numbers(directory: str) -> tuple[int, int]:
+    """The major and minor number of what is mounted there, without a look at the mount itself."""
+    found = (0, 0)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            if unescape(fields[4]) == directory:
+                major, _, minor = fields[2].partition(":")
+                found = int(major), int(minor)
+    return found

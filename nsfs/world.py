@@ -142,7 +142,7 @@ class World:
         return found
 
     def face_numbered(self, number: int) -> Face:
-        """The face that inode numbers name; ENODEV when its container is gone."""
+        """The face that inode numbers name; FileNotFoundError when its container is gone."""
         key = self.faces.get(number)
         if key is not None:
             found = self._faces.get(key)
@@ -151,7 +151,7 @@ class World:
             viewpoint, container = self.containers.get(key[0]), self.containers.get(key[1])
             if viewpoint is not None and container is not None:
                 return self.face(viewpoint, container)
-        raise OSError(errno.ENODEV, "the container is gone", str(number))
+        raise FileNotFoundError(errno.ENOENT, "the container is gone", str(number))
 
     def known_faces(self, container: Container) -> list[Face]:
         """Every face of it that was ever looked at."""

@@ -14,30 +14,118 @@
  * are mounted with `nsdelegate` clone3(CLONE_INTO_CGROUP) asks that both the caller's group (ID/init) and the
  * new one (ID/payload) be visible in the caller's cgroup namespace (cgroup_procs_write_permission()).
  *
- * Memory is what a thousand containers pay for: no stdio, no malloc, and whatever is large is on pages
- * which only the child ever touches: it is the child that receives a command's message.
+ * Memory is what a thousand containers pay for, and page faults what every mkdir waits for: no C library (it
+ * compiles with one too), no malloc, and whatever is large is on pages which only the child ever
+ * touches: it is the child that receives a command's message.
  */
 #define _GNU_SOURCE
+#include <asm/unistd.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <asm/ioctls.h>
 #include <linux/close_range.h>
+#include <linux/prctl.h>
 #include <linux/sched.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
 #include "protocol.h"
+
+/* --- in place of a C library --- */
+
+/* A system call: its result or -errno. */
+#if defined(__x86_64__)
+static long call(long number, long a, long b, long c, long d, long e)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	long result;
+
+	__asm__ volatile("syscall" : "=a"(result)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
+			 : "rcx", "r11", "memory");
+	return result;
+}
+#elif defined(__aarch64__)
+static long call(long number, long a, long b, long c, long d, long e)
+{
+	register long x8 __asm__("x8") = number;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	register long x3 __asm__("x3") = d;
+	register long x4 __asm__("x4") = e;
+
+	__asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4) : "memory");
+	return x0;
+}
+#else
+#error "how this architecture makes a system call is not known"
+#endif
+
+#define CALL_(n, a, b, c, d, e, ...) \
+	call(__NR_##n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e))
+#define CALL(...) CALL_(__VA_ARGS__, 0, 0, 0, 0, 0, 0)
+
+__attribute__((noreturn))
+static void leave(int status)
+{
+	for (;;)
+		CALL(exit_group, status);
+}
+
+/* The barriers keep the compiler from making calls of memset and memcpy out of these. */
+#if __STDC_HOSTED__
+#include <string.h>
+#else
+void *memset(void *to, int value, size_t size);
+void *memcpy(void *to, const void *from, size_t size);
+
+void *memset(void *to, int value, size_t size)
+{
+	for (char *byte = to; size--; byte++) {
+		*byte = (char)value;
+		__asm__ volatile("");
+	}
+	return to;
+}
+
+void *memcpy(void *to, const void *from, size_t size)
+{
+	const char *source = from;
+
+	for (char *byte = to; size--; byte++) {
+		*byte = *source++;
+		__asm__ volatile("");
+	}
+	return to;
+}
+#endif
+
+static size_t length_of(const char *string)
+{
+	size_t length = 0;
+
+	while (string[length])
+		length++;
+	return length;
+}
+
+static bool has_char(const char *string, char wanted)
+{
+	for (; *string; string++)
+		if (*string == wanted)
+			return true;
+	return false;
+}
+
+/* --- state --- */
 
 #define CONNECTIONS_MAX 128	/* further ones wait in the backlog */
 #define COMMANDS_MAX 256	/* whose status is remembered; the oldest that ended is forgotten first */
@@ -55,11 +143,13 @@ struct command {
 };
 
 static struct connection connections[CONNECTIONS_MAX];
-static nfds_t connection_count;
+static size_t connection_count;
 static struct command commands[COMMANDS_MAX];
 static uint32_t ended_count;
-static bool has_cgroup_ns;
+static bool has_cgroup_ns, own_pid_ns;
+static int signal_fd;
 
+/* Returns 0 in the child, else its PID or -errno. */
 static long fork_into(int flags, int cgroup_fd)
 {
 	struct clone_args args = {
@@ -68,65 +158,67 @@ static long fork_into(int flags, int cgroup_fd)
 		.cgroup = (uint64_t)(unsigned int)cgroup_fd,
 	};
 
-	return syscall(SYS_clone3, &args, sizeof(args));
+	return CALL(clone3, &args, sizeof(args));
+}
+
+static long send_to(int fd, const void *data, size_t size)
+{
+	return CALL(sendto, fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT, NULL);
 }
 
 /* --- in the child --- */
 
 static char message[INIT_MESSAGE_MAX];
 static char *words[INIT_ARGS_MAX + 2];
-static uint32_t groups[INIT_GROUPS_MAX];
 
+/* Tell why a command cannot start; error: -errno. */
 __attribute__((noreturn))
-static void fail(int connection_fd, uint32_t step, int error)
+static void fail(int connection_fd, uint32_t step, long error)
 {
-	const struct init_reply reply = { .op = INIT_FAILED, .error = -error, .step = step };
+	const struct init_reply reply = { .op = INIT_FAILED, .error = (int32_t)error, .step = step };
 
-	(void)send(connection_fd, &reply, sizeof(reply), MSG_NOSIGNAL);
-	_exit(error == ENOENT ? 127 : 126);
+	(void)send_to(connection_fd, &reply, sizeof(reply));
+	leave(error == -ENOENT ? 127 : 126);
 }
 
-static const char *variable(char *const *environment, const char *name)
+static const char *find_path(char *const *environment)
 {
-	size_t length = strlen(name);
-
 	for (; *environment; environment++)
-		if (!strncmp(*environment, name, length) && (*environment)[length] == '=')
-			return *environment + length + 1;
-	return NULL;
+		if ((*environment)[0] == 'P' && (*environment)[1] == 'A' && (*environment)[2] == 'T' &&
+		    (*environment)[3] == 'H' && (*environment)[4] == '=')
+			return *environment + 5;
+	return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 }
 
-/* As execvpe(3), but for scripts without `#!`; returns the errno. */
-static int execute(char *const *argv, char *const *environment)
+/* As execvpe(3), but for scripts without `#!`; returns -errno. */
+static long execute(char *const *argv, char *const *environment)
 {
-	const char *path = variable(environment, "PATH"), *end;
-	size_t name = strlen(argv[0]);
-	int error = ENOENT;
+	const char *path = find_path(environment);
+	const size_t name = length_of(argv[0]);
+	long error = -ENOENT, result;
 	char file[4096];
 
-	if (strchr(argv[0], '/')) {
-		execve(argv[0], argv, environment);
-		return errno;
-	}
-	if (!path)
-		path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-	for (;; path = end + 1) {
-		size_t length;
+	if (has_char(argv[0], '/'))
+		return CALL(execve, argv[0], argv, environment);
+	for (;; path++) {
+		size_t length = 0;
 
-		end = strchrnul(path, ':');
-		length = (size_t)(end - path);
+		for (; *path && *path != ':'; path++)
+			if (length < sizeof(file) - 1)
+				file[length++] = *path;
 		if (name && length + name + 2 <= sizeof(file)) {
-			memcpy(file, path, length);
-			file[length] = '/';
-			memcpy(file + length + (length > 0), argv[0], name + 1);
-			execve(file, argv, environment);
+			/* An empty element is the working directory. */
+			if (length)
+				file[length++] = '/';
+			memcpy(file + length, argv[0], name + 1);
+			result = CALL(execve, file, argv, environment);
 			/* One that may not be executed is told about only if no other is found. */
-			if (errno == EACCES)
-				error = EACCES;
-			else if (errno != ENOENT && errno != ENOTDIR)
-				return errno;
+			if (result == -EACCES)
+				error = result;
+			else if (result != -ENOENT && result != -ENOTDIR)
+				return result;
 		}
-		if (!*end)
+		if (!*path)
 			return error;
 	}
 }
@@ -143,56 +235,58 @@ static size_t receive(int connection_fd, int *fds, size_t *fd_count)
 		.msg_iov = &iov, .msg_iovlen = 1,
 		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
 	};
-	ssize_t length = recvmsg(connection_fd, &header, MSG_CMSG_CLOEXEC);
-	struct cmsghdr *each;
+	const struct cmsghdr *rights = &control.align;
+	long length = CALL(recvmsg, connection_fd, &header, MSG_CMSG_CLOEXEC);
 
 	*fd_count = 0;
 	if (length < 0)
-		fail(connection_fd, STEP_REQUEST, errno);
+		fail(connection_fd, STEP_REQUEST, length);
 	if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
-		fail(connection_fd, STEP_REQUEST, E2BIG);
-	for (each = CMSG_FIRSTHDR(&header); each; each = CMSG_NXTHDR(&header, each))
-		if (each->cmsg_level == SOL_SOCKET && each->cmsg_type == SCM_RIGHTS) {
-			*fd_count = (each->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-			memcpy(fds, CMSG_DATA(each), *fd_count * sizeof(int));
-		}
+		fail(connection_fd, STEP_REQUEST, -E2BIG);
+	if (header.msg_controllen >= sizeof(*rights) && rights->cmsg_level == SOL_SOCKET &&
+	    rights->cmsg_type == SCM_RIGHTS) {
+		*fd_count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		memcpy(fds, CMSG_DATA(rights), *fd_count * sizeof(int));
+	}
 	return (size_t)length;
 }
 
 /* Give the command the descriptors 0, 1, ... and no other.  The connection stays, close-on-exec. */
-static int place_fds(int *connection_fd, const int *fds, size_t fd_count)
+static long place_fds(int *connection_fd, const int *fds, size_t fd_count)
 {
-	int high[INIT_FDS_MAX], moved;
+	long high[INIT_FDS_MAX], moved, result;
 	size_t i;
 
 	/* First out of the way: what was received may itself have a low number. */
-	moved = fcntl(*connection_fd, F_DUPFD_CLOEXEC, 64);
+	moved = CALL(fcntl, *connection_fd, F_DUPFD_CLOEXEC, 64);
 	if (moved < 0)
-		return -errno;
-	*connection_fd = moved;
+		return moved;
+	*connection_fd = (int)moved;
 	for (i = 0; i < fd_count; i++) {
-		high[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, 64);
+		high[i] = CALL(fcntl, fds[i], F_DUPFD_CLOEXEC, 64);
 		if (high[i] < 0)
-			return -errno;
+			return high[i];
 	}
-	for (i = 0; i < fd_count; i++)
-		if (dup2(high[i], (int)i) < 0)
-			return -errno;
-	if (syscall(SYS_close_range, (unsigned int)fd_count, 63, 0) < 0 ||
-	    syscall(SYS_close_range, 64, ~0U, CLOSE_RANGE_CLOEXEC) < 0)
-		return -errno;
-	return 0;
+	for (i = 0; i < fd_count; i++) {
+		result = CALL(dup3, high[i], i, 0);
+		if (result < 0)
+			return result;
+	}
+	result = CALL(close_range, fd_count, 63, 0);
+	return result < 0 ? result : CALL(close_range, 64, ~0U, CLOSE_RANGE_CLOEXEC);
 }
 
 __attribute__((noreturn))
 static void command(int connection_fd)
 {
 	const struct init_reply started = { .op = INIT_STARTED };
+	const uint64_t no_signals = 0;
 	struct init_request request;
-	int fds[INIT_FDS_MAX], error;
+	int fds[INIT_FDS_MAX];
+	uint32_t groups[INIT_GROUPS_MAX];
 	size_t length, fd_count, i, at;
 	char *directory, **argv, **environment;
-	const uint64_t none = 0;
+	long result;
 
 	length = receive(connection_fd, fds, &fd_count);
 	memcpy(&request, message, sizeof(request));
@@ -200,46 +294,45 @@ static void command(int connection_fd)
 	if (length < at || request.argc < 1 || request.groups > INIT_GROUPS_MAX ||
 	    request.argc > INIT_ARGS_MAX || request.envc > INIT_ARGS_MAX - request.argc ||
 	    length - at < request.groups * sizeof(*groups))
-		fail(connection_fd, STEP_REQUEST, EINVAL);
+		fail(connection_fd, STEP_REQUEST, -EINVAL);
 	memcpy(groups, message + at, request.groups * sizeof(*groups));
 	at += request.groups * sizeof(*groups);
 	message[length] = '\0';
 	directory = message + at;
+	/* words[]: argv, NULL, environment, NULL */
 	argv = words;
 	environment = words + request.argc + 1;
 	for (i = 0; i <= request.argc + request.envc; i++) {
-		/* words[]: argv, NULL, environment, NULL */
+		if (at >= length)
+			fail(connection_fd, STEP_REQUEST, -EINVAL);
 		if (i)
 			words[i - 1 + (i > request.argc)] = message + at;
-		if (at >= length)
-			fail(connection_fd, STEP_REQUEST, EINVAL);
-		at += strlen(message + at) + 1;
+		at += length_of(message + at) + 1;
 	}
 
 	/* Told before anything can fail or be slow, so that whoever asked can kill it. */
-	if (send(connection_fd, &started, sizeof(started), MSG_NOSIGNAL) < 0)
-		_exit(126);
-	if (has_cgroup_ns && setns(INIT_CGROUP_NS_FD, CLONE_NEWCGROUP))
-		fail(connection_fd, STEP_CGROUP, errno);
-	error = -place_fds(&connection_fd, fds, fd_count);
-	if (error)
-		fail(connection_fd, STEP_STDIO, error);
-	if (!(request.flags & INIT_SAME_SESSION) && setsid() < 0)
-		fail(connection_fd, STEP_TERMINAL, errno);
-	if (request.flags & INIT_TERMINAL && ioctl(0, TIOCSCTTY, 0))
-		fail(connection_fd, STEP_TERMINAL, errno);
+	if (send_to(connection_fd, &started, sizeof(started)) < 0)
+		leave(126);
+	if (has_cgroup_ns && (result = CALL(setns, INIT_CGROUP_NS_FD, CLONE_NEWCGROUP)))
+		fail(connection_fd, STEP_CGROUP, result);
+	result = place_fds(&connection_fd, fds, fd_count);
+	if (result < 0)
+		fail(connection_fd, STEP_STDIO, result);
+	if (!(request.flags & INIT_SAME_SESSION) && (result = CALL(setsid)) < 0)
+		fail(connection_fd, STEP_TERMINAL, result);
+	if (request.flags & INIT_TERMINAL && (result = CALL(ioctl, 0, TIOCSCTTY, 0)))
+		fail(connection_fd, STEP_TERMINAL, result);
 	/* setgroups may be denied in the namespace; none at all is what we have already. */
-	if (request.groups && syscall(SYS_setgroups, request.groups, groups))
-		fail(connection_fd, STEP_IDENTITY, errno);
-	if ((request.gid && syscall(SYS_setresgid, request.gid, request.gid, request.gid)) ||
-	    (request.uid && syscall(SYS_setresuid, request.uid, request.uid, request.uid)))
-		fail(connection_fd, STEP_IDENTITY, errno);
+	if ((request.groups && (result = CALL(setgroups, request.groups, groups))) ||
+	    (request.gid && (result = CALL(setresgid, request.gid, request.gid, request.gid))) ||
+	    (request.uid && (result = CALL(setresuid, request.uid, request.uid, request.uid))))
+		fail(connection_fd, STEP_IDENTITY, result);
 	/* A change of credentials sets this to fs.suid_dumpable, which may be 1. */
-	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-	if (chdir(directory))
-		fail(connection_fd, STEP_DIRECTORY, errno);
-	/* Raw, and so with those that the C library keeps to itself. */
-	(void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof(none));
+	(void)CALL(prctl, PR_SET_DUMPABLE, 0);
+	result = CALL(chdir, directory);
+	if (result)
+		fail(connection_fd, STEP_DIRECTORY, result);
+	(void)CALL(rt_sigprocmask, SIG_SETMASK, &no_signals, NULL, sizeof(no_signals));
 	fail(connection_fd, STEP_EXEC, execute(argv, environment));
 }
 
@@ -266,11 +359,17 @@ static struct command *place(void)
 	return oldest;
 }
 
+/* Close a connection; another takes its place. */
+static void forget(size_t index)
+{
+	CALL(close, connections[index].fd);
+	connections[index] = connections[--connection_count];
+}
+
 static void reply_and_close(size_t index, struct init_reply reply)
 {
-	(void)send(connections[index].fd, &reply, sizeof(reply), MSG_NOSIGNAL | MSG_DONTWAIT);
-	close(connections[index].fd);
-	connections[index] = connections[--connection_count];
+	(void)send_to(connections[index].fd, &reply, sizeof(reply));
+	forget(index);
 }
 
 static void tell(struct command *ended)
@@ -287,9 +386,9 @@ static void tell(struct command *ended)
 static void reap(void)
 {
 	int status;
-	pid_t pid;
+	long pid;
 
-	while ((pid = waitpid(-1, &status, WNOHANG | __WALL)) > 0)
+	while ((pid = CALL(wait4, -1, &status, WNOHANG | (unsigned int)__WALL, NULL)) > 0)
 		for (size_t i = 0; i < COMMANDS_MAX; i++)
 			if (commands[i].token && commands[i].pid == pid) {
 				commands[i].pid = 0;
@@ -318,78 +417,69 @@ static void start(size_t index, const struct init_request *request)
 		command(connections[index].fd);
 	if (pid < 0) {
 		reply_and_close(index, (struct init_reply){
-			.op = INIT_FAILED, .step = STEP_CLONE, .error = -errno });
+			.op = INIT_FAILED, .step = STEP_CLONE, .error = (int32_t)pid });
 		return;
 	}
 	if (kept)
 		*kept = (struct command){ .token = request->token, .pid = (pid_t)pid };
 	/* From here on it is the child's alone, so that its exec is seen as end-of-file. */
-	close(connections[index].fd);
-	connections[index] = connections[--connection_count];
+	forget(index);
 }
 
 static void hear(size_t index)
 {
 	struct connection *each = &connections[index];
 	struct init_request request;
-	ssize_t length;
+	long length;
 
 	/* Only looked at: what follows is received by the child, together with the descriptors. */
-	length = recv(each->fd, &request, sizeof(request), MSG_PEEK | MSG_DONTWAIT);
-	if (length < 0 && (errno == EAGAIN || errno == EINTR))
+	length = CALL(recvfrom, each->fd, &request, sizeof(request), MSG_PEEK | MSG_DONTWAIT, NULL);
+	if (length == -EAGAIN)
 		return;
 	if (length == sizeof(request) && !each->token && request.op == INIT_EXEC) {
 		start(index, &request);
-		return;
-	}
-	if (length == sizeof(request) && !each->token && request.op == INIT_WAIT && request.token) {
+	} else if (length == sizeof(request) && !each->token && request.op == INIT_WAIT && request.token) {
 		struct command *asked = find(request.token);
 
-		(void)recv(each->fd, &request, sizeof(request), MSG_DONTWAIT);
-		if (!asked) {
+		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
+		each->token = request.token;
+		if (!asked)
 			reply_and_close(index, (struct init_reply){
 				.op = INIT_FAILED, .step = STEP_PROCESS, .error = -ESRCH });
-			return;
-		}
-		each->token = request.token;
-		if (!asked->pid)
+		else if (!asked->pid)
 			tell(asked);
-		return;
+	} else {
+		forget(index);
 	}
-	close(each->fd);
-	connections[index] = connections[--connection_count];
 }
 
 /* The directory of the socket is root's alone; this is for a descriptor that strayed.  In a PID namespace of
  * our own all who are not in it have PID 0. */
-static bool from_outside(int fd, bool own_pid_ns)
+static bool from_outside(int fd)
 {
 	struct ucred peer;
 	socklen_t length = sizeof(peer);
 
-	return !getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) &&
+	return !CALL(getsockopt, fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) &&
 	       (!own_pid_ns || !peer.pid);
 }
 
-static int signal_fd;
-
 /* The second thread: the loop.  Nothing that fails here ends it. */
-__attribute__((noreturn))
-static int serve(void *unused)
+__attribute__((noreturn, used))
+static void serve(void)
 {
 	struct pollfd polled[2 + CONNECTIONS_MAX];
-	const bool own_pid_ns = getpid() == 1;
 
-	(void)unused;
 	for (;;) {
-		nfds_t count = connection_count, i;
+		const size_t count = connection_count;
+		size_t i;
 
 		polled[0] = (struct pollfd){ .fd = signal_fd, .events = POLLIN };
 		polled[1] = (struct pollfd){
 			.fd = count < CONNECTIONS_MAX ? INIT_LISTEN_FD : -1, .events = POLLIN };
 		for (i = 0; i < count; i++)
 			polled[2 + i] = (struct pollfd){ .fd = connections[i].fd, .events = POLLIN };
-		if (poll(polled, 2 + count, -1) < 0)
+		if (CALL(ppoll, polled, 2 + count, NULL, NULL) < 0)
 			continue;
 		/* From the end: one that goes is replaced by the last. */
 		for (i = count; i-- > 0;)
@@ -398,93 +488,142 @@ static int serve(void *unused)
 		if (polled[0].revents) {
 			struct signalfd_siginfo info;
 
-			(void)read(signal_fd, &info, sizeof(info));
+			(void)CALL(read, signal_fd, &info, sizeof(info));
 			reap();
 		}
 		if (polled[1].revents) {
-			int fd = accept4(INIT_LISTEN_FD, NULL, NULL, SOCK_CLOEXEC);
+			const long fd = CALL(accept4, INIT_LISTEN_FD, NULL, NULL, SOCK_CLOEXEC);
 
-			if (fd >= 0 && from_outside(fd, own_pid_ns))
-				connections[connection_count++] = (struct connection){ .fd = fd };
+			if (fd >= 0 && from_outside((int)fd))
+				connections[connection_count++] = (struct connection){ .fd = (int)fd };
 			else if (fd >= 0)
-				close(fd);
+				CALL(close, fd);
 		}
 	}
+}
+
+/* Start the second thread; returns its ID or -errno. */
+static long start_thread(void)
+{
+	static char stack[32768] __attribute__((aligned(16)));
+	const long flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+	long result;
+
+	/* The new thread has the registers, but nothing on its stack: so it goes on from here by itself. */
+#if defined(__x86_64__)
+	__asm__ volatile("syscall\n\t"
+			 "test %%rax, %%rax\n\t"
+			 "jnz 1f\n\t"
+			 "xor %%ebp, %%ebp\n\t"
+			 "call *%[serve]\n"
+			 "1:"
+			 : "=a"(result)
+			 : "a"((long)__NR_clone), "D"(flags), "S"(stack + sizeof(stack)),
+			   [serve] "r"(serve)
+			 : "rcx", "r11", "memory");
+#else
+	register long x8 __asm__("x8") = __NR_clone;
+	register long x0 __asm__("x0") = flags;
+	register char *x1 __asm__("x1") = stack + sizeof(stack);
+
+	__asm__ volatile("svc 0\n\t"
+			 "cbnz x0, 1f\n\t"
+			 "mov x29, xzr\n\t"
+			 "blr %[serve]\n"
+			 "1:"
+			 : "+r"(x0) : "r"(x8), "r"(x1), [serve] "r"(serve) : "memory", "x30");
+	result = x0;
+#endif
+	return result;
 }
 
 /* Make a cgroup namespace rooted at ID/payload and hold it as INIT_CGROUP_NS_FD: a child born there makes it,
  * shares our descriptors, and opens its own. */
-static int make_cgroup_ns(void)
+static long make_cgroup_ns(void)
 {
-	long pid = fork_into(CLONE_FILES | CLONE_VFORK, INIT_PAYLOAD_FD);
-	int status, fd;
+	long pid = fork_into(CLONE_FILES | CLONE_VFORK, INIT_PAYLOAD_FD), result;
+	int status;
 
 	if (!pid) {
-		if (unshare(CLONE_NEWCGROUP))
-			_exit(errno);
-		fd = open("/proc/self/ns/cgroup", O_RDONLY | O_CLOEXEC);
-		if (fd < 0)
-			_exit(errno);
-		if (fd != INIT_CGROUP_NS_FD && dup3(fd, INIT_CGROUP_NS_FD, O_CLOEXEC) < 0)
-			_exit(errno);
-		if (fd != INIT_CGROUP_NS_FD)
-			close(fd);
-		_exit(0);
+		result = CALL(unshare, CLONE_NEWCGROUP);
+		if (!result)
+			result = CALL(openat, AT_FDCWD, "/proc/self/ns/cgroup", O_RDONLY | O_CLOEXEC);
+		/* All lower numbers are taken, and no other descriptor was opened yet. */
+		if (result >= 0 && result != INIT_CGROUP_NS_FD)
+			result = -EBADF;
+		leave(result < 0 ? (int)-result : 0);
 	}
 	if (pid < 0)
-		return -errno;
-	if (waitpid((pid_t)pid, &status, __WALL) < 0)
-		return -errno;
-	if (!WIFEXITED(status))
-		return -EIO;
-	return -WEXITSTATUS(status);
+		return pid;
+	result = CALL(wait4, pid, &status, (unsigned int)__WALL, NULL);
+	if (result < 0)
+		return result;
+	return status & 0x7f ? -EIO : -(status >> 8 & 0xff);
 }
 
 __attribute__((noreturn))
-static void ready(uint32_t step, int error)
+static void ready(uint32_t step, long error)
 {
-	const struct init_result result = { .error = error, .step = step };
+	const struct init_result result = { .error = (int32_t)error, .step = step };
 
 	/* With the spawner gone nobody will ever know of this container. */
-	if (write(INIT_READY_FD, &result, sizeof(result)) != sizeof(result) || error)
-		_exit(1);
-	close(INIT_READY_FD);
+	if (CALL(write, INIT_READY_FD, &result, sizeof(result)) != sizeof(result) || error)
+		leave(1);
+	CALL(close, INIT_READY_FD);
 	for (;;)
-		pause();
+		CALL(ppoll, NULL, 0, NULL, NULL);
 }
 
-int main(int argc, char **argv)
+__attribute__((noreturn))
+static void run(const char *flags)
 {
-	static char stack[32768] __attribute__((aligned(16)));
-	const char *flags = argc > 1 ? argv[1] : "";
-	sigset_t child;
-	int error;
+	const uint64_t sigchld = 1ULL << (SIGCHLD - 1);
+	long result;
 
-	/* Signals are blocked since before the spawner was. */
-	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-	(void)prctl(PR_SET_NAME, "nsfs-init", 0, 0, 0);
-	if (strchr(flags, 's') && prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-		ready(STEP_EXEC, -errno);
-	if (strchr(flags, 'c')) {
-		error = make_cgroup_ns();
-		if (error)
-			ready(STEP_CGROUP, error);
+	/* Signals are blocked since before the spawner made us. */
+	(void)CALL(prctl, PR_SET_DUMPABLE, 0);
+	own_pid_ns = CALL(getpid) == 1;
+	if (has_char(flags, 's') && (result = CALL(prctl, PR_SET_CHILD_SUBREAPER, 1)))
+		ready(STEP_EXEC, result);
+	if (has_char(flags, 'c')) {
+		if ((result = make_cgroup_ns()))
+			ready(STEP_CGROUP, result);
 		has_cgroup_ns = true;
 	}
 	/* One who connected and left at once must not make us wait for the next. */
-	if (fcntl(INIT_LISTEN_FD, F_SETFL, O_NONBLOCK))
-		ready(STEP_EXEC, -errno);
-	sigemptyset(&child);
-	sigaddset(&child, SIGCHLD);
-	signal_fd = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
-	if (signal_fd < 0)
-		ready(STEP_LIMIT, -errno);
-	if (clone(serve, stack + sizeof(stack),
-		  CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM,
-		  NULL) < 0)
-		ready(STEP_CLONE, -errno);
-	/* The other thread shares errno with us: it has not been asked for anything yet. */
-	if (has_cgroup_ns && setns(INIT_CGROUP_NS_FD, CLONE_NEWCGROUP))
-		ready(STEP_CGROUP, -errno);
+	if ((result = CALL(fcntl, INIT_LISTEN_FD, F_SETFL, O_NONBLOCK)))
+		ready(STEP_EXEC, result);
+	result = CALL(signalfd4, -1, &sigchld, sizeof(sigchld), SFD_CLOEXEC | SFD_NONBLOCK);
+	if (result < 0)
+		ready(STEP_LIMIT, result);
+	signal_fd = (int)result;
+	result = start_thread();
+	if (result < 0)
+		ready(STEP_CLONE, result);
+	if (has_cgroup_ns && (result = CALL(setns, INIT_CGROUP_NS_FD, CLONE_NEWCGROUP)))
+		ready(STEP_CGROUP, result);
 	ready(STEP_NONE, 0);
 }
+
+#if __STDC_HOSTED__
+int main(int argc, char **argv)
+{
+	run(argc > 1 ? argv[1] : "");
+}
+#else
+/* The stack as the kernel leaves it: argc, argv. */
+__attribute__((noreturn, used))
+void start_here(const long *stack);
+
+__attribute__((noreturn, used))
+void start_here(const long *stack)
+{
+	run(stack[0] > 1 ? (const char *)stack[2] : "");
+}
+
+#if defined(__x86_64__)
+__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tmov %rsp, %rdi\n\tcall start_here\n");
+#else
+__asm__(".globl _start\n_start:\n\tmov x29, xzr\n\tmov x0, sp\n\tbl start_here\n");
+#endif
+#endif

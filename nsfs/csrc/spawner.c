@@ -66,6 +66,11 @@
 #define __NR_open_tree_attr 467
 #endif
 /* <sys/mount.h> cannot be had together with <linux/mount.h> in glibc 2.36. */
+#ifndef MS_SHARED
+#define MS_PRIVATE (1 << 18)
+#define MS_SLAVE (1 << 19)
+#define MS_SHARED (1 << 20)
+#endif
 #ifndef MNT_FORCE
 #define MNT_FORCE 1
 #define MNT_DETACH 2
@@ -291,12 +296,15 @@ static int send_with(int to_fd, void *data, size_t length, int fd)
 	return sendmsg(to_fd, &header, MSG_NOSIGNAL) < 0 ? -errno : 0;
 }
 
-/* /proc/PID/ns/TYPE */
+/* /proc/PID/ns/TYPE; 0: our own */
 static int open_ns(pid_t pid, const char *type)
 {
 	char path[64];
 
-	snprintf(path, sizeof(path), "%d/ns/%s", (int)pid, type);
+	if (pid)
+		snprintf(path, sizeof(path), "%d/ns/%s", (int)pid, type);
+	else
+		snprintf(path, sizeof(path), "self/ns/%s", type);
 	return (int)call(openat(proc_fd, path, O_RDONLY | O_CLOEXEC));
 }
 
@@ -1284,7 +1292,6 @@ static int open_bind_target(const char *path, bool directory)
 	return fd;
 }
 
-/* A tree, attached so that the container's root cannot change its flags. */
 static int attach_at(int tree_fd, const char *path)
 {
 	struct stat st;
@@ -1297,6 +1304,64 @@ static int attach_at(int tree_fd, const char *path)
 		return fd;
 	step = STEP_BIND;
 	return attach(tree_fd, fd, "");
+}
+
+static int set_propagation(int fd, uint64_t propagation)
+{
+	struct mount_attr attr = { .propagation = propagation };
+
+	return (int)call(syscall(SYS_mount_setattr, fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof(attr)));
+}
+
+/* Attach a tree in a container's mount namespace so that the container's root cannot take back `read-only`.
+ *
+ * Flags get locked when a mount propagates into the mount namespace of another user namespace.  So a shared
+ * directory of ours gets, for a moment, a slave on top of the container's root (whoever is there already is below
+ * it), the tree is mounted on ours, and what has arrived in the slave is cloned. */
+static int bind_locked(pid_t pid, int tree_fd, const char *path)
+{
+	struct stat st;
+	const char *name;
+	int mine_fd, shared_fd, slave_fd, locked_fd, result;
+
+	step = STEP_BIND;
+	if (fstat(tree_fd, &st))
+		return -errno;
+	name = S_ISDIR(st.st_mode) ? "d" : "f";
+	if (unshare(CLONE_NEWNS))
+		return -errno;
+	mine_fd = open_ns(0, "mnt");
+	shared_fd = clone_tree(AT_FDCWD, "/s");
+	if (mine_fd < 0 || shared_fd < 0)
+		return mine_fd < 0 ? mine_fd : shared_fd;
+	result = S_ISDIR(st.st_mode) ? make_dir(shared_fd, name, 0755) : make_file(shared_fd, name);
+	if ((result && result != -EEXIST) || (result = attach(shared_fd, AT_FDCWD, "/s")) ||
+	    (result = set_propagation(shared_fd, MS_SHARED)))
+		return result;
+	slave_fd = clone_tree(shared_fd, "");
+	if (slave_fd < 0)
+		return slave_fd;
+
+	if ((result = enter_mounts(pid)))
+		return result;
+	step = STEP_BIND;
+	if ((result = attach(slave_fd, AT_FDCWD, "/")))
+		return result;
+	result = set_propagation(slave_fd, MS_SLAVE);
+	if (!result && !(result = (int)call(setns(mine_fd, CLONE_NEWNS))))
+		result = attach(tree_fd, shared_fd, name);
+	/* Whatever happened: the slave must go again. */
+	locked_fd = enter_mounts(pid);
+	step = STEP_BIND;
+	if (!locked_fd && !result)
+		locked_fd = open_tree(slave_fd, name, OPEN_TREE_CLONE | AT_RECURSIVE);
+	if (fchdir(slave_fd) || detach(".") || chdir("/"))
+		return -errno;
+	if (locked_fd < 0 || result)
+		return result ? result : locked_fd;
+	if ((result = set_propagation(locked_fd, MS_PRIVATE)))
+		return result;
+	return attach_at(locked_fd, path);
 }
 
 /* Returns a descriptor to pass on, -errno, or 0. */
@@ -1327,13 +1392,15 @@ static int act(void)
 		return result;
 	}
 	case OP_BIND:
-		if ((result = enter_mounts(head->pid)))
-			return result;
-		step = STEP_BIND;
-		if (head->flags & FLAG_READ_ONLY &&
-		    (result = set_mount(request.fds[0], MOUNT_ATTR_RDONLY, 0, true)))
-			return result;
-		return attach_at(request.fds[0], request.strings[0]);
+		if (head->flags & FLAG_READ_ONLY) {
+			step = STEP_BIND;
+			result = set_mount(request.fds[0], MOUNT_ATTR_RDONLY, 0, true);
+			if (result || head->pid)
+				return result ? result : bind_locked(head->pid, request.fds[0],
+								     request.strings[0]);
+		}
+		result = enter_mounts(head->pid);
+		return result ? result : attach_at(request.fds[0], request.strings[0]);
 	case OP_UNBIND:
 		if ((result = enter_mounts(head->pid)))
 			return result;

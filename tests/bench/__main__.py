@@ -144,7 +144,8 @@ def print_table(record: dict[str, Any], series: dict[str, Series], opcodes: Any)
         print(f"{name}: {' '.join(f'{key} {value}' for key, value in counts.items())}")
     print(f"\n{'wanted at most':{width}} {'wanted':>11} {'reached':>11}")
     for goal in record["goals"]:
-        unit = "x" if goal["over"] else series[goal["series"]].unit if goal["met"] is not None else ""
+        known = series.get(goal["series"])
+        unit = known.unit if known else ""
         wanted, reached = (
             "-" if value is None else f"{value:.2f} x" if goal["over"] else shown(value, unit)
             for value in (goal["wanted"], goal["reached"])

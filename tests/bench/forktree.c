@@ -187,13 +187,22 @@ int main(int argc, char **argv)
 		if (!target)
 			be_tree(shared, count, bomb);
 		enter(target);
-		/* Only a child is in the PID namespace that was entered. */
+		/*
+		 * Only a child is in the PID namespace that was entered, and only a grandchild becomes its
+		 * init's when this one exits: the child would become the host's init's, and could not be
+		 * done with before that has reaped it.
+		 */
+		pid = fork();
+		if (pid < 0)
+			fail("fork");
+		if (pid)
+			return waitpid((pid_t)pid, &status, 0) < 0 || status;
 		pid = fork();
 		if (pid < 0)
 			fail("fork");
 		if (!pid)
 			be_tree(shared, count, bomb);
-		return 0;
+		_exit(0);
 	}
 	if (target) {
 		if (waitpid((pid_t)pid, &status, 0) < 0 || status)

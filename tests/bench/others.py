@@ -1,4 +1,4 @@
-"""What nsfs is measured beside: the bare system calls, and the programs that do something like it."""
+"""What nsfs is measured beside: the bare system calls, and programs that do something like it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-
 ID_BASE = 0x6FFF0000
 """Host IDs of runc's container: 65,536 below nsfs's own range."""
 
-UNSHARE = (
-    "unshare --user --map-root-user --mount --pid --fork --mount-proc --net --ipc --uts --cgroup"
-    " --time /bin/true"
-).split()
+TRUE = "/bin/true"
+UNSHARE = [
+    *("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc"),
+    *("--net", "--ipc", "--uts", "--cgroup", "--time", TRUE),
+]
 """All eight namespaces, a /proc, /bin/true."""
-BWRAP = (
-    "bwrap --unshare-all --ro-bind / / --proc /proc --dev /dev --mqueue /dev/mqueue"
-    " --ro-bind /sys /sys --tmpfs /tmp --tmpfs /run --tmpfs /var --tmpfs /srv --tmpfs /mnt"
-    " --tmpfs /home --tmpfs /root /bin/true"
-).split()
+BWRAP = [
+    *("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"),
+    *("--mqueue", "/dev/mqueue", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp", "--tmpfs", "/run"),
+    *("--tmpfs", "/var", "--tmpfs", "/srv", "--tmpfs", "/mnt", "--tmpfs", "/home"),
+    *("--tmpfs", "/root", TRUE),
+]
 """All but a time namespace, which it has no option for; the mounts that nsfs makes, /bin/true."""
 
 

@@ -31,8 +31,8 @@ OPCODES = {
 NO_REPLY = ("FORGET", "BATCH_FORGET")
 """What nobody waits for."""
 
-READ = re.compile(r'read\(\d+<[^>]*>, "((?:\\x[0-9a-f]{2})+)"(?:\.\.\.)?, \d+\) += (\d+)')
-RESUMED = re.compile(r'read resumed>"((?:\\x[0-9a-f]{2})+)"(?:\.\.\.)?, \d+\) += (\d+)')
+DEVICE = "/dev/fuse"
+READ = re.compile(r'read(?: resumed>|\(\d+, )"((?:\\x[0-9a-f]{2}){16})"(?:\.\.\.)?, \d+\) += (\d+)')
 SETTLE_S = 0.2
 """The kernel sends RELEASE and FORGET after the system call that caused them has returned."""
 
@@ -51,7 +51,7 @@ def counting(daemon: int) -> Iterator[Count]:
     """Count the requests that a daemon is given meanwhile; complete when the block has ended."""
     found = Count()
     with tempfile.NamedTemporaryFile(prefix="nsfs-bench-strace-") as log:
-        words = ["strace", "-f", "-y", "-xx", "-s", "16", "-e", "trace=read", "-e", "signal=none"]
+        words = ["strace", "-f", "-xx", "-s", "16", "-e", "trace=read", "-P", DEVICE]
         process = subprocess.Popen(
             [*words, "-o", log.name, "-p", str(daemon)],
             stderr=subprocess.PIPE,
@@ -70,13 +70,12 @@ def counting(daemon: int) -> Iterator[Count]:
                 process.kill()
                 process.communicate()
         for line in read(log.name).splitlines():
-            match = READ.search(line) if "/dev/fuse" in line else RESUMED.search(line)
-            if match and len(match[1]) >= 4 * 16:
+            if match := READ.search(line):
                 header = bytes.fromhex(match[1].replace("\\x", ""))
                 length, opcode = struct.unpack_from("=II", header)
-                # Another read than the device's does not return just as much as it says.
-                if length == int(match[2]):
-                    found[OPCODES.get(opcode, str(opcode))] += 1
+                if length != int(match[2]):
+                    raise RuntimeError(f"not one request: {line}")
+                found[OPCODES.get(opcode, str(opcode))] += 1
 
 
 def _traced(pid: int) -> bool:

@@ -90,20 +90,37 @@ def test_inside_a_container_too(web: Container) -> None:
     web.run("unshare -Urmpf --mount-proc true && echo ok")
 
 
-def test_rbind_of_sys_and_rm_rf_harm_nothing(web: Container, tmp_path: Path) -> None:
-    web.start("sleep", "1000")
-    target = tmp_path / "chroot-sys"
-    target.mkdir()
-    script = f"mount --rbind /sys {target} && ls {target}/namespaces && rm -rf {target}/namespaces"
-    subprocess.run(["unshare", "-m", *SHELL, script], check=False, timeout=60)
-    assert web.path.is_dir()
-    assert "populated 1" in web.read("state")
-    # Nor a mount namespace made anew.
-    again = f"mount --make-rprivate / && mount --rbind /sys {target} && ls -a {target}/namespaces"
-    done = subprocess.run(
-        ["unshare", "-m", *SHELL, again], check=True, capture_output=True, text=True, timeout=60
+def in_mount_namespace(propagation: str, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["unshare", "-m", "--propagation", propagation, *SHELL, script],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert "web" not in done.stdout
+
+
+def test_rbind_of_sys_does_not_carry_the_tree_along(web: Container, tmp_path: Path) -> None:
+    web.start("sleep", "1000")
+    script = f"mount --rbind /sys {tmp_path}; ls -A {tmp_path}/namespaces; rm -rf {tmp_path}"
+    done = in_mount_namespace("unchanged", script)
+    assert done.stdout == ""
+    assert "populated 1" in web.read("state")
+
+
+def test_a_copy_that_was_made_bindable_can_be_removed_by_mistake(
+    web: Container, tmp_path: Path
+) -> None:
+    web.start("sleep", "1000")
+    os.mkdir(web / "idle")
+    copy = tmp_path / "namespaces"
+    done = in_mount_namespace("private", f"mount --rbind /sys {tmp_path}; rm -rf {copy}")
+    assert "Operation not permitted" in done.stderr
+    assert "populated 1" in web.read("state")
+    assert (web / "idle").is_dir()
+    # Once the copy is gone, the namespace is as good as any other.
+    undone = f"mount --rbind /sys {tmp_path}; umount -R {tmp_path}; rmdir {web / 'idle'}"
+    assert in_mount_namespace("private", undone).returncode == 0
 
 
 def test_bubblewrap_runs(grafted: Grafted) -> None:
@@ -138,11 +155,16 @@ def test_podman_runs(grafted: Grafted, tmp_path: Path) -> None:
         f"podman --root {tmp_path}/storage --runroot {tmp_path}/runroot --cgroup-manager cgroupfs"
         " --events-backend none --storage-driver vfs"
     )
+    group = f"nsfstest{os.getpid()}"
     out = run(
-        f"{base} run --rm --network none --cgroups disabled --log-driver none"
+        f"{base} run --cgroup-parent {group} --rm --ulimit nofile=1024:1024 --ulimit nproc=1000:1000 --network none --log-driver none"
         f" --rootfs {root} sh -c 'echo from podman'"
     )
     assert "from podman" in out
+    # It leaves the group above its own.
+    for top in Path("/sys/fs/cgroup").glob(f"**/{group}"):
+        for path, _, _ in os.walk(top, topdown=False):
+            os.rmdir(path)
 
 
 def test_lxc_runs(grafted: Grafted, tmp_path: Path) -> None:

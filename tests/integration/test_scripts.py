@@ -329,7 +329,7 @@ def test_asked_for(expected_log):
     status, out = run_probe(tmp_path, body)
     assert status == 1
     assert "unexpected log lines:\nWARNING x: it broke" in out
-    assert re.search(r"^FAILED .*test_probe.py::test_unexpected$", out, re.MULTILINE)
+    assert re.search(r"^FAILED .*test_probe.py::test_unexpected\b", out, re.MULTILINE)
     assert "1 failed, 3 passed" in out
 
 
