@@ -57,9 +57,9 @@ def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:
     """EPERM when the caller's mount namespace has the tree at more than one place.
 
     The mount is unbindable, so that `mount --rbind /sys chroot/sys` does not carry it along into a
-    tree that somebody will `rm -rf`.  But unshare(1) makes all mounts private, and so bindable, in
-    the namespaces that it makes.  There a removal may be meant for the copy, and what a copy's
-    removal would kill is the same.  Which of the two places a request came by cannot be seen.
+    tree that somebody will `rm -rf`.  But a copy of the mount namespace is bindable again
+    (clone_mnt() keeps no such flag).  There a removal may be meant for the copy, and what that
+    would kill is the same.  Which of the two places a request came by cannot be seen.
     """
     root = "/" if not viewpoint else f"/.f/{viewpoint}"
     wanted = f"{device[0]}:{device[1]}"

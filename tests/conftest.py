@@ -110,9 +110,9 @@ def _mounts() -> set[str]:
 
 
 def _is_living_runs(group: str) -> bool:
-    """Whether a group is called after the PID of another run of the tests that goes on."""
-    match = re.match(r"nsfs-test-(\d+)", group)
-    return match is not None and int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()
+    """Whether a group is called after the PID of another run (nsfs-test-PID-N) that goes on."""
+    pids = (pid for pid in re.findall(r"\d+", group) if int(pid) != os.getpid())
+    return any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def _groups() -> set[str]:
