@@ -190,6 +190,7 @@ class Container:
     dying: bool = False
     busy: bool = False
     """It is being rebuilt."""
+    watches: list[int] = field(default_factory=list)
     changed: Watchers = field(default_factory=Watchers)
     own_log: Log | None = None
     log_changed_ns: int = 0

@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -222,14 +221,14 @@ async def rebuild(container: Container, build: Build, caller: Caller) -> None:
             raise
         world.unwatch(container)
         container.group.kill()
-        await _emptied(container)
+        await world.depopulated(container)
         try:
             _remake_groups(container)
             await _start(container, caller)
         except OSError as error:
             container.reason = _reason(error, container.name)
             container.group.kill()
-            await _emptied(container)
+            await world.depopulated(container)
             container.build = before
             container.map, container.range, container.slice = before_ids
             _remake_groups(container)
@@ -316,33 +315,12 @@ async def finish(container: Container) -> None:
     with trio.CancelScope(shield=True):
         while True:
             container.group.kill()
-            await _emptied(container)
+            await world.depopulated(container)
             if container.group.remove():
                 break
             await trio.sleep(0.01)
     for each in [*container.descendants(), container]:
         world.forget(each)
-
-
-async def _emptied(container: Container) -> None:
-    """Wait until nothing is in the container's groups any more.
-
-    cgroup.events tells by POLLPRI; the kernel limits how often, so look again now and then.
-    """
-    try:
-        fd = os.open(f"{container.group.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    os.close(fd)
-    pause_s = 0.0005
-    while container.group.events()["populated"]:
-        await trio.sleep(pause_s)
-        pause_s = min(pause_s * 2, 0.05)
-
-
-def is_directory(fd: int) -> bool:
-    """Whether a descriptor is of a directory."""
-    return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
 def with_changes(build: Build, **changes: Any) -> Build:

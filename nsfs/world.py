@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import time
@@ -31,6 +32,8 @@ from nsfs.tree import Marks
 
 log = logging.getLogger(__name__)
 
+LOOK_AGAIN_S = 0.1
+"""How long to wait for the event that a group is empty before it is looked at anyway."""
 SUPPRESSED_S = 10.0
 """How often a log is asked whether it has refused records."""
 NO_FACE = 0xFFFFFFFF
@@ -58,7 +61,7 @@ class World:
         self.null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.inotify = Inotify()
         self._empty = trio.lowlevel.ParkingLot()
-        self._watches: dict[int, Container] = {}
+        self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
         self.nursery: trio.Nursery | None = None
         self.invalidate: Callable[[int, str, int], None] = lambda directory, name, inode: None
@@ -210,25 +213,43 @@ class World:
     def watch(self, container: Container) -> None:
         """Be told when its members or its init come or go, or it freezes."""
         for part in ("payload", "init"):
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
-            except FileNotFoundError:
-                continue
-            self._watches[watch] = container
+                container.watches.append(watch)
+                self._watched[watch] = functools.partial(self.look_at, container)
 
     def unwatch(self, container: Container) -> None:
         """The inverse."""
-        for watch in [w for w, c in self._watches.items() if c is container]:
+        for watch in container.watches:
             self.inotify.remove(watch)
-            del self._watches[watch]
+            self._watched.pop(watch, None)
+        container.watches.clear()
 
     async def watch_events(self) -> None:
         """Pass on what the groups' events say; for ever."""
         while True:
             await trio.lowlevel.wait_readable(self.inotify.fd)
-            for container in {self._watches.get(watch) for watch, _ in self.inotify.events()}:
-                if container is not None:
-                    self.look_at(container)
+            for tell in {self._watched.get(watch) for watch, _ in self.inotify.events()}:
+                if tell is not None:
+                    tell()
+
+    async def depopulated(self, container: Container) -> None:
+        """Wait until nothing is in a container's groups any more."""
+        parked = trio.lowlevel.ParkingLot()
+        try:
+            watch = self.inotify.add(f"{container.group.path}/cgroup.events")
+        except FileNotFoundError:
+            return
+        self._watched[watch] = parked.unpark_all
+        try:
+            while container.group.events()["populated"]:
+                # The kernel tells at most each 10 ms (CGROUP_FILE_NOTIFY_MIN_INTV) and may tell of
+                # something else, so look again.
+                with trio.move_on_after(LOOK_AGAIN_S):
+                    await parked.park()
+        finally:
+            self.inotify.remove(watch)
+            del self._watched[watch]
 
     async def report_suppressed(self) -> None:
         """Have each log that refused records say so, now and then; for ever."""

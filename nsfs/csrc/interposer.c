@@ -311,7 +311,10 @@ static ssize_t session_read(int fd, void *buffer, size_t size, void *userdata)
 	return bytes;
 }
 
-/* The kernel must not be allowed to send more in one request than a slot holds. */
+/*
+ * The kernel must not be allowed to send more in one request than a slot holds.  After a takeover it
+ * has had its answer: ENOENT, which libfuse expects of a reply.
+ */
 static ssize_t write_init_reply(const struct iovec *iov, int count)
 {
 	struct fuse_init_out limited;
@@ -340,7 +343,7 @@ static ssize_t session_writev(int fd, struct iovec *iov, int count, void *userda
 	if (out->unique == 0)			/* a notification */
 		return writev(device_fd, iov, count);
 	if (head->init_bytes && out->unique == init->unique)
-		return head->takeover ? (ssize_t)out->len : write_init_reply(iov, count);
+		return write_init_reply(iov, count);
 	bytes = writev(device_fd, iov, count);
 	error = errno;
 	if (bytes < 0 && error != ENOENT)	/* libfuse drops it now: its caller must not wait for ever */

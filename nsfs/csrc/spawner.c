@@ -818,7 +818,8 @@ static int execute_init(int channel_fd)
 	flags[n] = '\0';
 	if (dup3(request.listen_fd, INIT_LISTEN_FD, 0) < 0 ||
 	    dup3(request.payload_fd, INIT_PAYLOAD_FD, 0) < 0 ||
-	    dup3(channel_fd, INIT_READY_FD, 0) < 0)
+	    dup3(channel_fd, INIT_READY_FD, 0) < 0 ||
+	    (own(CLONE_NEWCGROUP) && dup3(proc_fd, INIT_PROC_FD, 0) < 0))
 		return -errno;
 	/* By descriptor: it is on no mount of this namespace.  All else is close-on-exec. */
 	(void)syscall(SYS_execveat, root_fd, "nsfs-init", argv, environment, 0);
@@ -1851,10 +1852,15 @@ static void set_defaults(void)
 	syscall(SYS_close_range, SPAWNER_SOCKET_FD + 1, ~0U, 0);
 	umask(022);
 	for (size_t i = 0; i < N(limits); i++) {
-		const struct rlimit limit = { limits[i].soft, limits[i].hard };
+		struct rlimit limit = { limits[i].soft, limits[i].hard }, old;
 
-		/* Without CAP_SYS_RESOURCE it stays what it is. */
-		(void)setrlimit(limits[i].resource, &limit);
+		/* Higher than fs.nr_open is not possible: then the hard limit stays what it is. */
+		if (setrlimit(limits[i].resource, &limit) && !getrlimit(limits[i].resource, &old)) {
+			limit.rlim_max = old.rlim_max;
+			if (limit.rlim_cur > limit.rlim_max)
+				limit.rlim_cur = limit.rlim_max;
+			(void)setrlimit(limits[i].resource, &limit);
+		}
 	}
 	(void)write_file(AT_FDCWD, "/proc/self/oom_score_adj", "0", 1);
 	if (syscall(SYS_setgroups, 0, NULL))

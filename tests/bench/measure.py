@@ -19,6 +19,9 @@ from typing import Any
 
 WAIT_S = 60.0
 """No single wait is longer."""
+REST_S = 0.02
+"""Between two measurements: the kernel takes down namespaces and mounts in the background, which is
+not to be in the figures of whoever comes next."""
 
 Contender = Callable[[], Mapping[str, float]]
 """Does its thing once and tells series' names and values."""
@@ -108,6 +111,7 @@ class Report:
                     self.failed.append(f"{name}: {error}")
                     del left[name]
                     continue
+                time.sleep(REST_S)
                 if run:
                     for series, value in found.items():
                         self.add(series, value)

@@ -45,8 +45,8 @@ class ParkedFS(pyfuse3.Operations):
         self.parked: dict[int, trio.CancelScope] = {}
 
     def init(self) -> None:
-        if self.device.generation == 2 and fault(self.state) == "init":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.device.generation == 1 and fault(self.state) == "stop in":
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def note(self, unique: int, replayed: bool) -> None:
         if replayed:
@@ -162,7 +162,7 @@ def fault(state: Path) -> str:
 def fail(state: Path, generation: int) -> None:
     """Die as STATE/fault says: "exit N", "signal N", "later N" (by signal N, but the first not).
 
-    Or "init": the first before the kernel's INIT was read, the second before it was answered.
+    Or stop: "stop before" the kernel's INIT is read, "stop in" its operation.
     """
     kind, _, number = fault(state).partition(" ")
     if kind == "exit":
@@ -179,8 +179,8 @@ async def serve(device: Device, state: Path) -> None:
         nursery.start_soon(filesystem.cancel_interrupted)
         nursery.start_soon(filesystem.watch_release)
         device.ready()
-        if device.generation == 1 and fault(state) == "init":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if device.generation == 1 and fault(state) == "stop before":
+            os.kill(os.getpid(), signal.SIGSTOP)
         await pyfuse3.main(max_tasks=100000)
         nursery.cancel_scope.cancel()
     pyfuse3.close(unmount=False)

@@ -31,6 +31,7 @@ SUPERVISOR = TOP / "nsfs/libexec/nsfs-supervisor"
 DEADLINE_S = 45
 WAIT_S = 10
 MKDIR, READ, INTERRUPT, FORGET = 9, 15, 36, 2
+INIT = 32 + 40  # struct inflight_head
 LANDING = takeover._FIRST_SLOT - takeover._SLOT_BYTES
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -53,7 +54,9 @@ pytestmark = pytest.mark.skipif(
         "killed_while_the_request_was_recorded",
         "killed_after_the_reply",
         "killed_with_what_needs_no_reply",
-        "killed_before_init_was_answered",
+        "killed_around_init stop_before",
+        "killed_around_init stop_in",
+        "killed_around_init stop_in unrecorded",
         "large_requests",
         "clean_end",
         "stop_of_a_stuck_daemon",
@@ -155,7 +158,7 @@ class Mounted:
         supervisor, daemon = self.pid("supervisor"), self.pid("daemon")
         os.kill(supervisor, signal.SIGSTOP)
         os.kill(daemon, signal.SIGKILL)
-        until(lambda: Path(f"/proc/{daemon}/stat").read_text().split()[2] == "Z")
+        until(lambda: state_of(daemon) == "Z")
         with self.memfd() as fd:
             yield fd
         os.kill(supervisor, signal.SIGCONT)
@@ -214,6 +217,10 @@ def until(condition: Callable[[], object], seconds: float = WAIT_S) -> None:
     while not condition():
         assert time.monotonic() - began < seconds, "it does not become true"
         time.sleep(0.002)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # Many threads, each blocked in one read.
@@ -441,12 +448,21 @@ def killed_with_what_needs_no_reply(directory: Path) -> None:
         released(mounted, process)
 
 
-def killed_before_init_was_answered(directory: Path) -> None:
+def killed_around_init(directory: Path, fault: str, unrecorded: str = "") -> None:
+    """The first daemon dies before the kernel's INIT is read, or answered."""
     with cleaned_up(directory) as mounted:
-        (mounted.state / "fault").write_text("init")
+        (mounted.state / "fault").write_text(fault.replace("_", " "))
         assert mounted.start().returncode == 0
+        until(lambda: state_of(mounted.pid("daemon")) == "T")
+        with mounted.between_daemons() as memfd:
+            (size,) = struct.unpack("=28xI", os.pread(memfd, 32, 0))
+            assert (size == 0) == (fault == "stop_before")
+            if unrecorded:
+                os.pwrite(memfd, os.pread(memfd, size, INIT), LANDING)
+                os.pwrite(memfd, bytes(4), 28)
+        assert mounted.number() == 2
+        mounted.kill_daemon()
         assert mounted.number() == 3
-        assert os.listdir(mounted.state / "dirs") == []
 
 
 def large_requests(directory: Path) -> None:
@@ -551,7 +567,7 @@ def parent_is_killed(directory: Path) -> None:
         with subprocess.Popen(mounted.command()) as parent:
             until((mounted.run / "daemon.pid").exists)
             supervisor, daemon = mounted.pid("supervisor"), mounted.pid("daemon")
-            until(lambda: Path(f"/proc/{daemon}/stat").read_text().split()[2] == "T")
+            until(lambda: state_of(daemon) == "T")
             parent.kill()
         os.kill(daemon, signal.SIGCONT)
         assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) in (0, 1)

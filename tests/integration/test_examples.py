@@ -157,8 +157,8 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         shell.do("mount -t tmpfs -o mode=755 none /run && mount --bind srv /srv")
         shell.do("while mountpoint -q /sys/namespaces; do umount -l /sys/namespaces; done")
         shell.do(f'nsfs() {{ {nsfs} "$@"; }}')
-        # As on a terminal.
-        shell.do('ls() { command ls -C -w 80 -T 0 "$@"; }')
+        # As on a terminal, one as wide as what man(1) indents.
+        shell.do('ls() { command ls -C -w 70 -T 0 "$@"; }')
         shell.do(
             f"nsfs mount --cgroup {group} --config nsfs.conf || {{ cat /run/nsfs/log; false; }}"
         )
