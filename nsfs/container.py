@@ -190,6 +190,8 @@ class Container:
     dying: bool = False
     busy: bool = False
     """It is being rebuilt."""
+    pins: list[tuple[int, str]] = field(default_factory=list)
+    """(viewpoint's number, path there) of what holds its namespaces open for `nsproxy/`."""
     watches: list[int] = field(default_factory=list)
     changed: Watchers = field(default_factory=Watchers)
     own_log: Log | None = None
@@ -307,6 +309,7 @@ class Container:
                 "request": self.request,
                 "since": self.since,
                 "faces": self.faces,
+                "pins": self.pins,
             },
         )
 
@@ -345,6 +348,7 @@ class Container:
         self.range = record["range"]
         self.request = record["request"]
         self.since = record["since"]
+        self.pins = [(v, p) for v, p in record["pins"]]
         self.faces = {int(k): v for k, v in record["faces"].items()}
 
 

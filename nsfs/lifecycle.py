@@ -222,6 +222,7 @@ async def rebuild(container: Container, build: Build, caller: Caller) -> None:
         world.unwatch(container)
         container.group.kill()
         await world.depopulated(container)
+        await world.unpin(container)
         try:
             _remake_groups(container)
             await _start(container, caller)
@@ -319,8 +320,9 @@ async def finish(container: Container) -> None:
             if container.group.remove():
                 break
             await trio.sleep(0.01)
-    for each in [*container.descendants(), container]:
-        world.forget(each)
+        for each in [*container.descendants(), container]:
+            await world.unpin(each)
+            world.forget(each)
 
 
 def with_changes(build: Build, **changes: Any) -> Build:

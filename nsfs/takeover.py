@@ -46,7 +46,7 @@ class Device:
 
     ``current()`` is the request being dispatched as ``(unique, nodeid, opcode, replayed)``.  It is
     right until the first await of an operation of `pyfuse3.Operations`: pyfuse3 awaits nothing
-    between reading a request and that.  It costs 0.2 us.
+    between reading a request and that.  It costs 40 ns.
     """
 
     path: str  # the mountpoint to give to `pyfuse3.init`

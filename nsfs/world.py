@@ -204,9 +204,28 @@ class World:
 
     async def pin(self, face: Face, kind: str) -> str:
         """A path in the viewpoint's mount namespace that holds a container's namespace open."""
+        container = face.container
         path = f"/dev/.nsfs/ns/{face.number}/{kind}"
-        await self.spawner.pin(face.container.init_pid, kind, face.viewpoint.init_pid, path)
+        pin = (face.viewpoint.number, path)
+        if pin not in container.pins:
+            container.pins.append(pin)
+            container.save()
+            try:
+                await self.spawner.pin(container.init_pid, kind, face.viewpoint.init_pid, path)
+            except BaseException:
+                container.pins.remove(pin)
+                raise
         return path
+
+    async def unpin(self, container: Container) -> None:
+        """Let go of what was pinned of a container that has ended or is being rebuilt."""
+        for viewpoint, path in container.pins:
+            viewer = self.containers.get(viewpoint)
+            if viewer is not None and viewer.phase is Phase.RUNNING:
+                # Whoever is root there may have been quicker.
+                with contextlib.suppress(OSError):
+                    await self.spawner.unbind(viewer.init_pid, path)
+        container.pins.clear()
 
     # --- what happens to containers ---
 

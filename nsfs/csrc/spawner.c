@@ -1614,12 +1614,19 @@ static void finish(struct job *job, bool too_late)
 	};
 	struct spawner_reply reply = { .id = job->id };
 	const struct cmsghdr *rights;
+	ssize_t length = 0;
 	int fd = -1;
 
+	if (!too_late) {
+		length = recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC);
+		/* It ended before it read our "go": that is told first, and then what it had said. */
+		if (length < 0 && errno == ECONNRESET)
+			length = recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC);
+	}
 	if (too_late) {
 		reply.error = -ETIMEDOUT;
 		reply.step = STEP_DEADLINE;
-	} else if (recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC) == sizeof(result)) {
+	} else if (length == sizeof(result)) {
 		reply.error = result.error;
 		reply.step = result.step;
 		rights = CMSG_FIRSTHDR(&header);

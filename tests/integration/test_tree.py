@@ -449,3 +449,28 @@ def test_appending_writes_one_value(web: Container) -> None:
     subprocess.run(["sh", "-c", f"echo 1 >> {web / 'freeze'}"], check=True)
     assert web.read("freeze") == "1\n"
     write(web / "freeze", "0")
+
+
+def test_links_to_namespaces_work_inside(web: Container) -> None:
+    os.mkdir(web / "db")
+    out = web.run(
+        """
+        cd /sys/namespaces
+        for type in cgroup ipc mnt net pid time user uts; do
+            readlink db/nsproxy/$type
+            stat -L -c %i db/nsproxy/$type nsproxy/$type
+        done
+        nsenter --uts=db/nsproxy/uts hostname
+        nsenter --user=db/nsproxy/user --uts=db/nsproxy/uts --net=db/nsproxy/net id -u
+        """
+    )
+    lines = out.splitlines()
+    its, webs = namespaces_of(Container(web / "db").init), namespaces_of(web.init)
+    for kind, row in zip(TYPES, range(0, 24, 3), strict=True):
+        assert int(lines[row + 1]) == its[kind], kind
+        assert int(lines[row + 2]) == webs[kind], kind
+    assert lines[24:] == ["db", "0"]
+    # What holds a namespace inside goes with the container.
+    web.run("rmdir /sys/namespaces/db")
+    wait_until(lambda: "db" not in web.run("cat /proc/self/mountinfo"), "no pin is left")
+    assert "/dev/.nsfs/ns" not in web.run("cat /proc/self/mountinfo")

@@ -39,7 +39,8 @@ def test_an_inode_number_says_all() -> None:
     root = tables.of(face, ROOT)
     assert root.ino == ino(7, 1)
     a, inner = tables.child(root, "a"), tables.child(root, "d")
-    assert a is not None and inner is not None
+    assert a is not None
+    assert inner is not None
     deep = tables.child(inner, "a")
     assert deep is not None
     assert len({root.ino, a.ino, inner.ino, deep.ino}) == 4
