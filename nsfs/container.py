@@ -8,6 +8,7 @@ the kernel may cache them.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nsfs import idmap, namespaces
-from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers
+from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group
 from nsfs.logstream import Log
@@ -282,6 +283,17 @@ class Container:
         if self.own_output is None:
             self.own_output = self.world.open_output(self)
         return self.own_output
+
+    @contextlib.contextmanager
+    def telling_why(self, what: str) -> Iterator[None]:
+        """An operation on it: should it fail, `state` says why."""
+        try:
+            yield
+        except OSError as error:
+            about = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+            self.reason = one_line(f"{what}: {about}").replace("\\040", " ")
+            raise
+        self.reason = ""
 
     def tell(self) -> None:
         """Its state has changed, and so the state of all that it is in."""

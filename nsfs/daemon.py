@@ -149,7 +149,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(_serve, operations)
             nursery.start_soon(_pass_interrupts, operations, device)
             nursery.start_soon(world.watch_events)
-            nursery.start_soon(world.report_suppressed)
+            nursery.start_soon(world.housekeeping)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_wait_for_signal, control.end)
             await world.prime()

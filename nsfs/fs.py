@@ -57,18 +57,12 @@ Method = Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]
 
 
 def boundary(method: Method[P, T]) -> Method[P, T]:
-    """Turn whatever a handler raises into a FUSEError, and let an INTERRUPT cancel it."""
+    """Turn whatever a handler raises into a FUSEError."""
 
     @functools.wraps(method)
     async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> T:
-        unique = self.device.current()[0]
-        scope = trio.CancelScope()
-        self.running[unique] = scope
         try:
-            with scope:
-                return await method(self, *args, **kwargs)
-            # Only the cancellation leads here: the request was interrupted.
-            raise FUSEError(errno.EINTR)
+            return await method(self, *args, **kwargs)
         except FUSEError:
             raise
         except OSError as error:
@@ -78,10 +72,29 @@ def boundary(method: Method[P, T]) -> Method[P, T]:
         except Exception:
             log.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from None
-        finally:
-            self.running.pop(unique, None)
 
     return wrapper  # type: ignore[return-value]
+
+
+def waiting(method: Method[P, T]) -> Method[P, T]:
+    """A boundary for a handler that may wait: an INTERRUPT of its request cancels it.
+
+    (The others are done before the kernel could send one.)
+    """
+
+    @functools.wraps(method)
+    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> T:
+        unique = self.request()
+        scope = self.running[unique] = trio.CancelScope()
+        try:
+            with scope:
+                return await method(self, *args, **kwargs)
+        finally:
+            del self.running[unique]
+        # Only the cancellation leads here.
+        raise FUSEError(errno.EINTR)
+
+    return boundary(wrapper)  # type: ignore[arg-type]
 
 
 class Value(OpenFile):
@@ -122,9 +135,11 @@ class Value(OpenFile):
         value = data.removesuffix(b"\n")
         if b"\0" in value:
             raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
-        result = self.entry.store(self.face, os.fsdecode(value), self.caller)
-        if result is not None:
-            await result
+        container: Container = self.face.container
+        with container.telling_why(self.entry.name):
+            result = self.entry.store(self.face, os.fsdecode(value), self.caller)
+            if result is not None:
+                await result
         return len(data)
 
     def poll(self, notify: Callable[[], None] | None) -> int:
@@ -359,7 +374,7 @@ class Operations(pyfuse3.Operations):
             if error.errno != errno.ENOENT:
                 raise
 
-    @boundary
+    @waiting
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """FUSE_READLINK."""
         node = self.node(inode)
@@ -423,7 +438,7 @@ class Operations(pyfuse3.Operations):
         """FUSE_RELEASEDIR."""
         self.listings.pop(fh, None)
 
-    @boundary
+    @waiting
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
         """FUSE_MKDIR: make a container."""
         unique = self.request()
@@ -437,9 +452,11 @@ class Operations(pyfuse3.Operations):
             raise OSError(errno.EEXIST, "the name is taken", text)
         if parent.face.container.parent is not None and self._fully_marked(parent):
             raise FileNotFoundError(errno.ENOENT, "the parent is being removed", text)
-        made = await lifecycle.make(
-            parent.face.container, text, _caller(ctx), request=unique, mode=mode & 0o777
-        )
+        above: Container = parent.face.container
+        with above.telling_why(text):
+            made = await lifecycle.make(
+                above, text, _caller(ctx), request=unique, mode=mode & 0o777
+            )
         return self.attributes(self.directory(made, parent.face.viewpoint))
 
     @boundary
@@ -457,11 +474,12 @@ class Operations(pyfuse3.Operations):
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             return
         container = node.face.container
-        check_seen_once(ctx.pid, self.device_numbers, node.face.viewpoint.number)
-        if self._fully_marked(node):
-            lifecycle.end(container)
-        else:
-            lifecycle.remove_idle(container)
+        with container.telling_why("rmdir"):
+            check_seen_once(ctx.pid, self.device_numbers, node.face.viewpoint.number)
+            if self._fully_marked(node):
+                lifecycle.end(container)
+            else:
+                lifecycle.remove_idle(container)
         self.forget_name(parent, container, text)
 
     def forget_name(self, parent: Node, container: Container, name: str) -> None:
@@ -514,7 +532,7 @@ class Operations(pyfuse3.Operations):
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)
 
-    @boundary
+    @waiting
     async def link(self, inode: int, new_parent: int, new: bytes, ctx: Any) -> EntryAttributes:
         """FUSE_LINK: enter a container."""
         source, target = self.node(inode), self.node(new_parent)
@@ -590,13 +608,13 @@ class Operations(pyfuse3.Operations):
             self.open_files[fh] = found
         return found
 
-    @boundary
+    @waiting
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """FUSE_READ."""
         unique = self.request()
         return await self._opened(fh).read(off, size, unique)
 
-    @boundary
+    @waiting
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """FUSE_WRITE."""
         unique = self.request()

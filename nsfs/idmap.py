@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 
 from nsfs.attribute import invalid, out_of_range
@@ -85,24 +84,38 @@ def compose(parent: Map, child: Map) -> Map:
     return tuple(result)
 
 
-@dataclass(frozen=True, slots=True)
 class Ranges:
-    """The host's IDs that are set aside for containers at the top: `first` to `last`, both
-    included."""
+    """The host's IDs from `first` to `last`, both included, in ranges of `size` for containers at
+    the top.
 
-    first: int
-    last: int
-    size: int = IDS * SLICES
+    A range that came back is given out again as late as possible: files may have been left with its
+    IDs.
+    """
 
-    def take(self, used: Iterable[int]) -> int:
-        """The start of a range that is none of `used`; ENOSPC when there is none."""
-        taken = set(used)
-        start = self.first
-        while start + self.size - 1 <= self.last:
-            if start not in taken:
+    def __init__(self, first: int, last: int, size: int = IDS * SLICES) -> None:
+        self.first = first
+        self.size = size
+        self._count = (last + 1 - first) // size
+        self._next = 0
+        self._used: set[int] = set()
+
+    def take(self) -> int:
+        """The start of a range that nobody has; ENOSPC when there is none."""
+        for _ in range(self._count):
+            start = self.first + self._next * self.size
+            self._next = (self._next + 1) % self._count
+            if start not in self._used:
+                self._used.add(start)
                 return start
-            start += self.size
         raise OSError(errno.ENOSPC, "all ranges of user IDs are taken")
+
+    def claim(self, start: int) -> None:
+        """A range is used, as is known from a record."""
+        self._used.add(start)
+
+    def give_back(self, start: int) -> None:
+        """Nobody has it any more."""
+        self._used.discard(start)
 
 
 def slice_for(parent: Map, used: Iterable[int]) -> int | None:

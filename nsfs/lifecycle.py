@@ -72,19 +72,12 @@ async def make(
         each.save()
         _make_groups(each)
         await _start(each, caller)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            parent.reason = _reason(error, name)
+    except BaseException:
         _detach(each)
         _begin_end(each)
         raise
     parent.tell()
     return each
-
-
-def _reason(error: OSError, name: str) -> str:
-    text = error.strerror or str(error)
-    return f"{name}: {text}"
 
 
 def _give_ids(container: Container) -> None:
@@ -98,8 +91,7 @@ def _give_ids(container: Container) -> None:
     if text == "auto":
         holder = parent.holder("user")
         if holder.parent is None:
-            used = [c.range for c in world.containers.values() if c.range is not None]
-            container.range = world.ranges.take(used)
+            container.range = world.ranges.take()
             container.map = ((0, container.range, world.ranges.size),)
             return
         siblings = [c.slice for c in holder.descendants() if c.holder("user").parent is not None]
@@ -195,7 +187,6 @@ async def _start(container: Container, caller: Caller) -> None:
         )
     container.init_pid = pid
     container.phase = Phase.RUNNING
-    container.reason = ""
     container.save()
     world.watch(container)
 
@@ -210,14 +201,20 @@ async def rebuild(container: Container, build: Build, caller: Caller) -> None:
     container.check_idle()
     world, before = container.world, container.build
     before_ids = (container.map, container.range, container.slice)
+
+    def back() -> None:
+        if container.range is not None and container.range != before_ids[1]:
+            world.ranges.give_back(container.range)
+        container.build = before
+        container.map, container.range, container.slice = before_ids
+
     container.busy = True
     try:
         container.build = build
         try:
             _give_ids(container)
         except OSError:
-            container.build = before
-            container.map, container.range, container.slice = before_ids
+            back()
             raise
         world.unwatch(container)
         container.group.kill()
@@ -227,15 +224,14 @@ async def rebuild(container: Container, build: Build, caller: Caller) -> None:
             _remake_groups(container)
             await _start(container, caller)
         except OSError as error:
-            container.reason = _reason(error, container.name)
             container.group.kill()
             await world.depopulated(container)
-            container.build = before
-            container.map, container.range, container.slice = before_ids
+            back()
             _remake_groups(container)
             await _start(container, caller)
-            container.reason = _reason(error, container.name)
-            raise
+            raise error
+        if before_ids[1] is not None and before_ids[1] != container.range:
+            world.ranges.give_back(before_ids[1])
     finally:
         container.busy = False
     world.look_at(container)

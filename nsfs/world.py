@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 0.1
 """How long to wait for the event that a group is empty before it is looked at anyway."""
-SUPPRESSED_S = 10.0
-"""How often a log is asked whether it has refused records."""
+HOUSEKEEPING_S = 10.0
 NO_FACE = 0xFFFFFFFF
 """A face that never is: the numbers end before."""
 OUTPUT_BYTES = 65536
@@ -77,6 +76,8 @@ class World:
 
     def _register(self, container: Container) -> None:
         self.containers[container.number] = container
+        if container.range is not None:
+            self.ranges.claim(container.range)
         for viewpoint, number in container.faces.items():
             self.faces[number] = (viewpoint, container.number)
 
@@ -94,6 +95,8 @@ class World:
     def forget(self, container: Container) -> None:
         """Nothing of the container is left: drop what is known of it."""
         self.store.drop(container.number)
+        if container.range is not None:
+            self.ranges.give_back(container.range)
         for viewpoint, number in container.faces.items():
             self.faces.pop(number, None)
             self._faces.pop((viewpoint, container.number), None)
@@ -270,10 +273,12 @@ class World:
             self.inotify.remove(watch)
             del self._watched[watch]
 
-    async def report_suppressed(self) -> None:
-        """Have each log that refused records say so, now and then; for ever."""
+    async def housekeeping(self) -> None:
+        """Now and then drop the marks of processes that have ended, and have each log that refused
+        records say so; for ever."""
         while True:
-            await trio.sleep(SUPPRESSED_S)
+            await trio.sleep(HOUSEKEEPING_S)
+            self.marks.sweep()
             for each in self.containers.values():
                 if each.own_log is not None:
                     each.own_log.report_suppressed()

@@ -881,6 +881,7 @@ static int aside(int (*work)(void *), void *about, int cgroup_fd)
 	int result;
 
 	*left = (struct left){ .value = -EIO, .step = STEP_DIED };
+	step = STEP_CLONE;
 	result = clone_child(CLONE_FILES | CLONE_VFORK, cgroup_fd, NULL);
 	if (!result) {
 		/* In two steps: there may be another child of ours that leaves something. */

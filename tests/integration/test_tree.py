@@ -392,7 +392,9 @@ def test_rebuilt_while_idle(web: Container) -> None:
     # A construction that fails leaves the old one, and says why.
     refused(errno.ENOENT, web.write, "rootfs", "/no/such/directory")
     assert web.read("rootfs") == "host\n"
+    assert web.state()["reason"].startswith("rootfs: the path: No such file")
     assert web.run("hostname") == "web\n"
+    assert web.state()["reason"] == "-"
 
 
 def test_nested_to_the_depth_that_the_kernel_allows(tree: Path) -> None:

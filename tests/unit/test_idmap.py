@@ -54,15 +54,21 @@ def test_a_slice_is_the_parents_own(ident: int, number: int) -> None:
 
 
 def test_ranges_are_taken_until_there_are_no_more() -> None:
-    ranges = idmap.Ranges(1 << 20, (4 << 20) - 1)
-    used: list[int] = []
-    for _ in range(3):
-        used.append(ranges.take(used))
-    assert len(set(used)) == 3
+    ranges = idmap.Ranges(1 << 20, (5 << 20) - 1)
+    ranges.claim(2 << 20)
+    taken = [ranges.take() for _ in range(3)]
+    assert taken == [1 << 20, 3 << 20, 4 << 20]
     with pytest.raises(OSError, match="taken") as caught:
-        ranges.take(used)
+        ranges.take()
     assert caught.value.errno == errno.ENOSPC
-    assert ranges.take(used[:1] + used[2:]) == used[1]
+    ranges.give_back(3 << 20)
+    assert ranges.take() == 3 << 20
+
+
+def test_a_range_that_came_back_is_given_out_last() -> None:
+    ranges = idmap.Ranges(0, (4 << 20) - 1)
+    ranges.give_back(ranges.take())
+    assert [ranges.take() for _ in range(4)] == [1 << 20, 2 << 20, 3 << 20, 0]
 
 
 def test_slices_last_for_fifteen() -> None:
