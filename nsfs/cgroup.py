@@ -284,8 +284,12 @@ class Group:
         _write(f"{self.path}/cgroup.freeze", "1" if on else "0")
 
     def frozen_by_itself(self) -> bool:
-        """What was last written by `freeze`, whatever the ancestors are."""
-        return _read(f"{self.path}/cgroup.freeze").strip() == "1"
+        """What was last written by `freeze`, whatever the ancestors are; a group that is gone is
+        not."""
+        try:
+            return _read(f"{self.path}/cgroup.freeze").strip() == "1"
+        except FileNotFoundError:
+            return False
 
     # --- limits and accounting ---
 

@@ -264,6 +264,10 @@ class Container:
         """Whether it has a member besides its init, nested containers aside."""
         return bool(self.group.events("payload")["populated"])
 
+    def suspended(self) -> bool:
+        """Whether `freeze` was written to it or to one that it is in."""
+        return any(c.group.frozen_by_itself() for c in self.lineage() if c.parent is not None)
+
     def check_idle(self) -> None:
         """EBUSY unless it has no child and no member but the init."""
         if self.children or self.populated() or self.busy:

@@ -62,7 +62,8 @@ async def make(
     if parent.dying:
         raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
     parent.check_alive()
-    if parent.group.frozen_by_itself() if parent.parent is not None else False:
+    if parent.suspended():
+        # Its init would be suspended before it is ready.
         raise OSError(errno.EBUSY, "the parent is frozen", parent.name)
     each = world.new_container(parent, name, build or parent.child_build())
     each.uid, each.gid, each.mode = caller.uid, caller.gid, mode

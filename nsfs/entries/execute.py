@@ -36,7 +36,7 @@ async def exec_store(face: Face, value: str, caller: Caller) -> None:
         raise invalid(value)
     container = face.container
     container.check_alive()
-    if container.group.events()["frozen"]:
+    if container.suspended():
         raise OSError(errno.EBUSY, "the container is frozen", container.name)
     await container.world.execute(container, words, ENVIRONMENT)
 

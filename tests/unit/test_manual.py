@@ -284,3 +284,17 @@ def test_sections_that_are_named_exist(name: str) -> None:
     named = set(re.findall(r"\b(?:see|in|See) ([A-Z][A-Z ]+[A-Z])\b(?!-)", page(name).astext()))
     assert named
     assert named <= titles
+
+
+# --- HACKING.rst ---
+
+
+def test_example_module() -> None:
+    text = (MAN.parent / "HACKING.rst").read_text()
+    settings = {"halt_level": 2, "report_level": 2, "warning_stream": io.StringIO()}
+    blocks = publish_doctree(text, settings_overrides=settings).findall(nodes.literal_block)
+    (source,) = (each.astext() for each in blocks if "FILES = (" in each.astext())
+    module: dict[str, object] = {}
+    exec(source, module)
+    paths = dict(Tables(Directory("", entries=module["FILES"]), Names()).paths())  # type: ignore[arg-type]
+    assert {path: stat.S_IMODE(entry.mode) for path, entry in paths.items()} == {"weight": 0o644}
