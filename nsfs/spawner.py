@@ -46,15 +46,15 @@ _BINDS_MAX = 64
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
 # enum spawner_flag
-_FILTER, _ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4, 8
+_ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4
 # enum init_op, enum init_flag, enum init_reply_op
 _EXEC, _WAIT = 1, 2
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
 _STARTED, _FAILED, _EXITED = 1, 2, 3
 
 FEATURES = {1: "idmapped_root", 2: "remapped_root"}
-"""What the spawner found out by trying: whether the host's root filesystem can be shown without IDs,
-and whether a root that has an idmap can (both: no socket in it can be connected to)."""
+"""What the spawner found out by trying: whether the host's root filesystem can be shown without
+IDs, and whether a root that has an idmap can (then no socket in it can be connected to)."""
 
 STEPS = (
     "",
@@ -74,7 +74,6 @@ STEPS = (
     "becoming root inside",
     "setting the hostname",
     "the network namespace",
-    "the system-call filter",
     "exec",
     "the deadline",
     "it was killed",
@@ -127,39 +126,57 @@ class Recipe:
     """Whether the system-call denylist is installed."""
 
 
+class _Waiter:
+    """A request whose reply is to come; without data when none came."""
+
+    __slots__ = ("data", "fd", "told")
+
+    def __init__(self) -> None:
+        self.told = trio.Event()
+        self.data = b""
+        self.fd: int | None = None
+
+
 class Spawner:
     """The spawner process.  Any number of requests may be under way.
 
     A request that is cancelled may be carried out all the same.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, pid: int, pid_fd: int) -> None:
-        self.pid = pid
+    def __init__(self, nursery: trio.Nursery, tree: str, libexec: Path, no_filter: bool) -> None:
         self.died = trio.Event()
         """Set when the process is gone; every request then raises BrokenPipeError."""
-        self._socket = sock
-        self._pid_fd = pid_fd
+        self._nursery, self._tree, self._libexec = nursery, tree, libexec
+        self._filter = not no_filter
+        self._other: Spawner | None = None
+        self._other_lock = trio.Lock()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # Neither of the interposer nor of anything else of our environment shall it know.
+            self.pid = os.posix_spawn(
+                libexec / "nsfs-spawner",
+                ["nsfs-spawner", "--tree", tree, *(["--no-filter"] if no_filter else [])],
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD)],
+            )
+        self._pid_fd = os.pidfd_open(self.pid)
+        self._socket = trio.socket.from_stdlib_socket(ours)
         self._send_lock = trio.Lock()
         self._last_id = 0
-        self._waiting: dict[int, trio.MemorySendChannel[tuple[bytes, int | None]]] = {}
+        self._waiting: dict[int, _Waiter] = {}
 
     # --- the process ---
 
     @classmethod
-    async def start(cls, nursery: trio.Nursery, tree: str, libexec: Path = LIBEXEC) -> Self:
+    async def start(
+        cls, nursery: trio.Nursery, tree: str, libexec: Path = LIBEXEC, *, no_filter: bool = False
+    ) -> Self:
         """Start it; `tree` is where the filesystem is mounted, of which nothing is read.
 
-        Returns when it is ready to make containers.  End it by `aclose`, or by cancelling the nursery.
+        Returns when it is ready to make containers.  `aclose` ends it, as does cancelling the
+        nursery.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            pid = os.posix_spawn(
-                libexec / "nsfs-spawner",
-                ["nsfs-spawner", "--tree", tree],
-                {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD)],
-            )
-        self = cls(trio.socket.from_stdlib_socket(ours), pid, os.pidfd_open(pid))
+        self = cls(nursery, tree, libexec, no_filter)
         nursery.start_soon(self._receive)
         await self.features()
         return self
@@ -167,7 +184,7 @@ class Spawner:
     @classmethod
     @contextlib.asynccontextmanager
     async def running(cls, tree: str, libexec: Path = LIBEXEC) -> AsyncIterator[Self]:
-        """A spawner for the time of a `async with`."""
+        """A spawner for the time of an `async with`."""
         async with trio.open_nursery() as nursery:
             spawner = await cls.start(nursery, tree, libexec)
             try:
@@ -183,6 +200,8 @@ class Spawner:
 
     async def aclose(self) -> None:
         """End the process and see it gone; containers go on."""
+        if self._other is not None:
+            await self._other.aclose()
         if self.died.is_set():
             return
         # Not close(): the task that receives is to see the end.
@@ -190,6 +209,15 @@ class Spawner:
             self._socket.shutdown(socket.SHUT_RDWR)
         with trio.CancelScope(shield=True):
             await self.died.wait()
+
+    async def _unfiltered(self) -> Spawner:
+        """The one for containers without the denylist, which is inherited: so it has none itself."""
+        async with self._other_lock:
+            if self._other is None or self._other.died.is_set():
+                self._other = await Spawner.start(
+                    self._nursery, self._tree, self._libexec, no_filter=True
+                )
+            return self._other
 
     async def _receive(self) -> None:
         try:
@@ -206,19 +234,19 @@ class Spawner:
                 for level, kind, payload in control:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         (fd,) = struct.unpack("i", payload)
-                channel = self._waiting.pop(int.from_bytes(data[:8], "little"), None)
-                if channel is not None:
-                    channel.send_nowait((data, fd))
+                waiter = self._waiting.get(int.from_bytes(data[:8], "little"))
+                if waiter is not None:
+                    waiter.data, waiter.fd = data, fd
+                    waiter.told.set()
                 elif fd is not None:
                     os.close(fd)
         finally:
             self._socket.close()
-            for channel in self._waiting.values():
-                channel.close()
-            self._waiting.clear()
+            for waiter in self._waiting.values():
+                waiter.told.set()
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(self._pid_fd)
-            os.waitpid(self.pid, 0)
+            os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
             os.close(self._pid_fd)
             self.died.set()
 
@@ -269,18 +297,23 @@ class Spawner:
             raise OSError(errno.EINVAL, "a NUL in a string")
         if len(message) >= _MESSAGE_MAX:
             raise OSError(errno.E2BIG, "the request is too long")
-        sender, receiver = trio.open_memory_channel[tuple[bytes, int | None]](1)
-        if self._socket.fileno() < 0:
-            raise BrokenPipeError(errno.EPIPE, "the spawner has died")
-        self._waiting[number] = sender
+        waiter = self._waiting[number] = _Waiter()
         try:
-            async with self._send_lock:
-                await self._socket.sendmsg([message], _rights(fds))
-            data, fd = await receiver.receive()
-        except (trio.EndOfChannel, trio.ClosedResourceError, ConnectionError):
-            raise BrokenPipeError(errno.EPIPE, "the spawner has died") from None
+            if self._socket.fileno() >= 0:
+                async with self._send_lock:
+                    await self._socket.sendmsg([message], _rights(fds))
+                await waiter.told.wait()
+        except (trio.ClosedResourceError, ConnectionError):
+            waiter.data = b""
+        except BaseException:
+            if waiter.fd is not None:
+                os.close(waiter.fd)
+            raise
         finally:
-            self._waiting.pop(number, None)
+            del self._waiting[number]
+        data, fd = waiter.data, waiter.fd
+        if not data:
+            raise BrokenPipeError(errno.EPIPE, "the spawner has died")
         _, error, step, pid, value, text = _REPLY.unpack(data)
         if error:
             if fd is not None:
@@ -296,10 +329,10 @@ class Spawner:
         The cgroup directories must be there, `payload` delegated to the container's root, and the
         cgroup.procs of the one above it too.  On an error nothing is left behind.
         """
-        flags = (
-            (_FILTER if recipe.filter else 0)
-            | (_ROOTFS if recipe.rootfs_fd is not None else 0)
-            | (_IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0)
+        if not recipe.filter and self._filter:
+            return await (await self._unfiltered()).make(recipe)
+        flags = (_ROOTFS if recipe.rootfs_fd is not None else 0) | (
+            _IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0
         )
         if len(recipe.binds) > _BINDS_MAX:
             raise OSError(errno.E2BIG, f"more than {_BINDS_MAX} binds")
@@ -339,8 +372,8 @@ class Spawner:
     ) -> int:
         """Start a command in a container, in `/`, its output going to the container's `output`.
 
-        `env` is of the form NAME=VALUE.  Returns the host's PID; a command that cannot be executed is an
-        error.
+        `env` is of the form NAME=VALUE.  Returns the host's PID; a command that cannot be executed
+        is an error.
         """
         output_fd = await self.output(face)
         try:
@@ -381,8 +414,10 @@ class Spawner:
         return _fd(await self._call(_PIN, pid=pid, strings=(kind,)))
 
     async def pin(self, pid: int, kind: str, viewer_pid: int, path: str) -> None:
-        """Bind a namespace of a process at an absolute path in the mount namespace of another (0: the
-        host).  The file is made."""
+        """Bind a namespace of a process at an absolute path in the mount namespace of another.
+
+        0 is the host.  The file is made.
+        """
         await self._call(_PIN, pid=pid, target_pid=viewer_pid, strings=(kind, path))
 
     async def bind(self, pid: int, target: str, tree_fd: int, read_only: bool = False) -> None:
@@ -414,7 +449,7 @@ class Command:
     init: Init
 
     async def wait(self) -> int:
-        """How it ended, as os.waitstatus_to_exitcode() has it; only once, and only when asked to be kept."""
+        """How it ended, as os.waitstatus_to_exitcode() has it; can be asked once."""
         return await self.init.wait(self.token)
 
 

@@ -32,10 +32,9 @@ enum spawner_op {
 };
 
 enum spawner_flag {
-	FLAG_FILTER = 1,	/* OP_MAKE: the system-call denylist */
-	FLAG_ROOTFS = 2,	/* OP_MAKE: the root is the tree sent along */
-	FLAG_IDMAP = 4,		/* OP_MAKE: idmap that tree by the new user namespace */
-	FLAG_READ_ONLY = 8,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
+	FLAG_ROOTFS = 1,	/* OP_MAKE: the root is the tree sent along */
+	FLAG_IDMAP = 2,		/* OP_MAKE: idmap that tree by the new user namespace */
+	FLAG_READ_ONLY = 4,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
 };
 
 enum spawner_feature {
@@ -96,7 +95,6 @@ enum step {
 	STEP_IDENTITY,		/* becoming the container's root */
 	STEP_HOSTNAME,
 	STEP_NET,		/* network namespace, loopback */
-	STEP_FILTER,
 	STEP_EXEC,
 	STEP_DEADLINE,		/* it took too long */
 	STEP_DIED,		/* it was killed */

@@ -1,7 +1,10 @@
 /*
  * nsfs-spawner - makes containers, and acts in the namespaces of others.
  *
- *   nsfs-spawner --tree DIR      DIR: where the filesystem is mounted
+ *   nsfs-spawner --tree DIR [--no-filter]
+ *
+ * DIR is where the filesystem is mounted.  Without a filter, containers are made without the denylist of system
+ * calls; it cannot be taken off again, so these want a spawner of their own.
  *
  * Started as root by the daemon, with a SOCK_SEQPACKET socket as descriptor 3 (protocol.h); ends when
  * that is closed.  One thread, so setns(2) works; several requests may be under way at once, since whatever
@@ -66,11 +69,6 @@
 #define __NR_open_tree_attr 467
 #endif
 /* <sys/mount.h> cannot be had together with <linux/mount.h> in glibc 2.36. */
-#ifndef MS_SHARED
-#define MS_PRIVATE (1 << 18)
-#define MS_SLAVE (1 << 19)
-#define MS_SHARED (1 << 20)
-#endif
 #ifndef MNT_FORCE
 #define MNT_FORCE 1
 #define MNT_DETACH 2
@@ -163,9 +161,9 @@ static int set_mount(int fd, uint64_t attributes, int userns_fd, bool recursive)
 				 &attr, sizeof(attr)));
 }
 
-static int bind_path(const char *source, const char *target)
+static int bind_path(const char *source, const char *target, unsigned long flags)
 {
-	return (int)call(syscall(SYS_mount, source, target, NULL, 4096 /* MS_BIND */, NULL));
+	return (int)call(syscall(SYS_mount, source, target, NULL, MS_BIND | flags, NULL));
 }
 
 static int detach(const char *path)
@@ -539,7 +537,7 @@ static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd, int 
 		char source[32];
 
 		snprintf(source, sizeof(source), "/dev/%s", devices[i]);
-		if ((result = make_file(dev_fd, devices[i])) || (result = bind_path(source, devices[i])))
+		if ((result = make_file(dev_fd, devices[i])) || (result = bind_path(source, devices[i], 0)))
 			return result;
 	}
 	for (size_t i = 0; i < N(device_links); i++)
@@ -581,7 +579,8 @@ static int set_up_sys(int dev_fd, int private_fd, int top_fd, int face_fd)
 {
 	const char *source = request.head.pid ? "/s/sys" : "/sys";
 	const unsigned int attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
-	int quiet_fd, fd, each_fd, result;
+	int quiet_fd, fd, result;
+	char path[64];
 
 	step = STEP_MOUNT;
 	/* Whose interfaces a sysfs shows follows the network namespace, which must be ours to mount one. */
@@ -591,26 +590,28 @@ static int set_up_sys(int dev_fd, int private_fd, int top_fd, int face_fd)
 	if (!own(CLONE_NEWNET) && !own(CLONE_NEWUSER) &&
 	    (result = set_mount(quiet_fd, MOUNT_ATTR_RDONLY, 0, false)))
 		return result;
-	if ((result = attach(quiet_fd, dev_fd, ".nsfs/sys")))
+	/* For a while at the old root, from where it can be bound by path: half of what a tree of its own costs. */
+	if ((result = attach(quiet_fd, AT_FDCWD, "/y")))
 		return result;
 	fd = clone_tree(private_fd, "sys");
 	if (fd < 0)
 		return fd;
-	if ((result = attach_in_root(fd, top_fd, "sys")))
+	if ((result = attach_in_root(fd, top_fd, "sys")) || (result = (int)call(fchdir(fd))))
 		return result;
 	for (size_t i = 0; i < sys_entry_count; i++) {
-		each_fd = clone_tree(quiet_fd, sys_entries[i]);
-		if (each_fd == -ENOENT)
-			continue;
-		if (each_fd < 0)
-			return each_fd;
-		if (!own(CLONE_NEWNET) && (result = set_mount(each_fd, MOUNT_ATTR_RDONLY, 0, false)))
+		snprintf(path, sizeof(path), "/y/%s", sys_entries[i]);
+		if ((result = make_dir(fd, sys_entries[i], 0755)))
 			return result;
-		if ((result = make_dir(fd, sys_entries[i], 0755)) ||
-		    (result = attach(each_fd, fd, sys_entries[i])))
+		result = bind_path(path, sys_entries[i], 0);
+		if (result && result != -ENOENT)
 			return result;
-		close(each_fd);
+		if (!result && !own(CLONE_NEWNET) &&
+		    (result = bind_path(NULL, sys_entries[i], MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV |
+					MS_NOEXEC)))
+			return result;
 	}
+	if ((result = attach(quiet_fd, dev_fd, ".nsfs/sys")))
+		return result;
 	step = STEP_FACE;
 	if ((result = make_dir(fd, "namespaces", 0755)) || (result = attach(face_fd, fd, "namespaces")))
 		return result;
@@ -759,11 +760,11 @@ static const struct sock_filter filter[] = {
 #endif
 };
 
+/* Installed on the spawner, and so inherited: one for all containers, in time and in memory. */
 static int install_filter(void)
 {
 	const struct sock_fprog program = { .len = N(filter), .filter = (struct sock_filter *)filter };
 
-	step = STEP_FILTER;
 	return (int)call(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program));
 }
 
@@ -852,8 +853,6 @@ static int set_up(int channel_fd)
 			result = -errno;
 	}
 	if (result)
-		return result;
-	if (request.head.flags & FLAG_FILTER && (result = install_filter()))
 		return result;
 	if (in_initial_user_ns && (result = drop_capabilities()))
 		return result;
@@ -1788,14 +1787,14 @@ static void build_templates(const char *tree, int init_fd)
 	static const struct { const char *name; unsigned int minor; } nodes[] = {
 		{ "dev/null", 3 }, { "dev/zero", 5 }, { "dev/full", 7 }, { "dev/random", 8 },
 		{ "dev/urandom", 9 } };
-	static const char *const directories[] = { "root", "fuse", "dev", "proc", "sys", "s", "t" };
+	static const char *const directories[] = { "root", "fuse", "dev", "proc", "sys", "s", "t", "y" };
 	static const char *const options[][2] = { { "mode", "0755" }, { NULL, NULL } };
 	int fd, sys_fd;
 
 	if (unshare(CLONE_NEWNS))
 		die("unshare", errno);
 	/* Nothing of what we do is to be seen outside; nor is the filesystem to stay unbindable here. */
-	need((int)call(syscall(SYS_mount, NULL, "/", NULL, 0x44000UL /* MS_REC | MS_PRIVATE */, NULL)),
+	need((int)call(syscall(SYS_mount, NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)),
 	     "mount private");
 	fuse_fd = keep(clone_tree(AT_FDCWD, tree), tree);
 	root_fd = keep(new_mount("tmpfs", options, MOUNT_ATTR_NOSUID), "tmpfs");
@@ -1902,8 +1901,8 @@ int main(int argc, char **argv)
 	struct stat st;
 	int null_fd, init_fd;
 
-	if (argc != 3 || strcmp(argv[1], "--tree")) {
-		dprintf(STDERR_FILENO, "usage: nsfs-spawner --tree DIR\n");
+	if (argc < 3 || argc > 4 || strcmp(argv[1], "--tree") || (argc == 4 && strcmp(argv[3], "--no-filter"))) {
+		dprintf(STDERR_FILENO, "usage: nsfs-spawner --tree DIR [--no-filter]\n");
 		return 2;
 	}
 	set_defaults();
@@ -1921,6 +1920,8 @@ int main(int argc, char **argv)
 	own_mnt_fd = keep(open_ns(getpid(), "mnt"), "own mount namespace");
 	own_user_ino = ns_ino(getpid(), "user");
 	try_features();
+	if (argc < 4)
+		need(install_filter(), "seccomp");
 
 	/* From here on 0, 1, 2 are what an init has, and 3 to 19 are closed by its exec. */
 	null_fd = need((int)call(openat(root_fd, "dev/null", O_RDWR | O_CLOEXEC)), "dev/null");

@@ -147,7 +147,7 @@ def _beside_runc(instance: Instance) -> Mapping[str, float]:
 
 def kill(bench: Bench) -> None:
     """Until the last process is gone: rm -rf of a container full of them, a bare cgroup.kill."""
-    many, runs = bench.tree_size, max(3, bench.runs // 3)
+    many, runs = bench.tree_size, max(3, bench.runs // 2)
     for mode, what in (("still", f"{many} processes"), ("bomb", f"fork bomb of {many}")):
         contenders: dict[str, Contender] = {
             "plain": lambda mode=mode, what=what: _kill_bare(bench, "plain", mode, what),
@@ -166,7 +166,7 @@ def kill(bench: Bench) -> None:
 
 def _kill_bare(bench: Bench, where: str, mode: str, what: str) -> Mapping[str, float]:
     with bench.group.made() as group:
-        tree = Tree(bench.forktree, where, group, bench.tree_size, mode)
+        tree = Tree(bench.forktree, where, [group], bench.tree_size, mode)
         with pid_fds([tree.pid]) as fds:
             start = time.perf_counter()
             bench.group.kill()
@@ -180,7 +180,8 @@ def _kill_nsfs(bench: Bench, mode: str, what: str) -> Mapping[str, float]:
     path = instance.path()
     os.mkdir(path)
     init = instance.init(path)
-    tree = Tree(bench.forktree, str(init), instance.payload(path), bench.tree_size, mode)
+    groups = instance.member_groups(path)
+    tree = Tree(bench.forktree, str(init), groups, bench.tree_size, mode)
     with pid_fds([init]) as fds:
         start = time.perf_counter()
         answered_s = run(["rm", "-rf", str(path)])

@@ -1,12 +1,13 @@
 /*
  * forktree - many processes in one cgroup, to be killed: what rm -rf and cgroup.kill are measured on.
  *
- *	forktree plain CGROUP COUNT still|bomb		in the host's namespaces
- *	forktree bare CGROUP COUNT still|bomb		in namespaces of their own, with an init
- *	forktree PID CGROUP COUNT still|bomb		in those of that process
+ *	forktree plain CGROUP COUNT still|bomb [TASKS...]	in the host's namespaces
+ *	forktree bare CGROUP COUNT still|bomb [TASKS...]	in namespaces of their own, with an init
+ *	forktree PID CGROUP COUNT still|bomb [TASKS...]		in those of that process
  *
- * CGROUP is a directory of the cgroup2 hierarchy.  The first process is born in it, enters the
- * namespaces and forks the others there.  "still": they pause.  "bomb": each forks on and on, up to
+ * CGROUP is a directory of the cgroup2 hierarchy, TASKS are files `tasks` of version 1 groups.  The
+ * first process is born in the former, joins the latter, enters the namespaces and forks the others
+ * there.  "still": they pause.  "bomb": each forks on and on, up to
  * COUNT at a time; at that number half of them exit, so that there is always one being forked.  The
  * word "ready" is printed when there are COUNT.  The PID of the first one of "plain" and
  * "bare", for the latter the init, is printed as well.
@@ -137,6 +138,18 @@ static void be_init(struct shared *shared, int count, bool bomb)
 	pause_for_ever();
 }
 
+/* As cgroup_v1 has it, "0" is the writer. */
+static void join(char **tasks)
+{
+	for (; *tasks; tasks++) {
+		int fd = open(*tasks, O_WRONLY | O_CLOEXEC);
+
+		if (fd < 0 || write(fd, "0", 1) != 1)
+			fail(*tasks);
+		close(fd);
+	}
+}
+
 static void enter(pid_t target)
 {
 	int fd = (int)syscall(SYS_pidfd_open, target, 0);
@@ -158,7 +171,7 @@ int main(int argc, char **argv)
 	int count, cgroup_fd, status;
 	long pid;
 
-	if (argc != 5)
+	if (argc < 5)
 		return 2;
 	bare = !strcmp(argv[1], "bare");
 	target = atoi(argv[1]);
@@ -182,6 +195,7 @@ int main(int argc, char **argv)
 		fail("clone3");
 	if (!pid) {
 		close(cgroup_fd);
+		join(argv + 5);
 		if (bare)
 			be_init(shared, count, bomb);
 		if (!target)

@@ -89,13 +89,22 @@ class Instance:
         """The PID of a container's init."""
         return int(read(container / "init"))
 
-    def payload(self, container: Path) -> str:
-        """The cgroup directory of a container's members."""
+    def member_groups(self, container: Path) -> list[str]:
+        """What makes a process a member: the cgroup2 directory, the `tasks` of version 1 groups."""
+        tops = {}
+        for line in read("/proc/self/mountinfo").splitlines():
+            before, _, after = line.partition(" - ")
+            if after.split()[0] == "cgroup":
+                tops.update(dict.fromkeys(after.split()[2].split(","), before.split()[4]))
+        found = []
         for line in read(f"/proc/{self.init(container)}/cgroup").splitlines():
-            if line.startswith("0::"):
-                relative = line[3:].strip("/").removesuffix("/init")
-                return f"{self.groups_dir.parent}/{relative}/payload"
-        raise RuntimeError(f"{container}: its init is in no v2 group")
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                relative = path.strip("/").removesuffix("/init")
+                found.insert(0, f"{self.groups_dir.parent}/{relative}/payload")
+            elif path.startswith(f"/{self.group}/") and controllers.split(",")[0] in tops:
+                found.append(f"{tops[controllers.split(',')[0]]}{path}/tasks")
+        return found
 
     def groups(self) -> list[str]:
         """The groups of containers that there are, removed ones still on their way out as well."""

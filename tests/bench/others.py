@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from measure import WAIT_S, Late, run, wait_readable, wait_until
@@ -132,13 +132,18 @@ class Runc:
 
 
 class Tree:
-    """forktree.c: so many processes, and a pipe whose end-of-file is the end of the last one."""
+    """forktree.c: so many processes, and a pipe whose end-of-file is the end of the last one.
 
-    def __init__(self, program: str, where: str, group: str, count: int, mode: str) -> None:
+    `groups` are a cgroup2 directory and `tasks` files of version 1 groups.
+    """
+
+    def __init__(
+        self, program: str, where: str, groups: Sequence[str], count: int, mode: str
+    ) -> None:
         self.pid = 0
         self._fd, write_fd = os.pipe()
         try:
-            words = [program, where, group, str(count), mode]
+            words = [program, where, groups[0], str(count), mode, *groups[1:]]
             with subprocess.Popen(words, stdout=write_fd) as process:
                 os.close(write_fd)
                 write_fd = -1

@@ -586,7 +586,9 @@ async def test_identity(rig: Rig) -> None:
     assert (await made.says("cat /proc/self/uid_map")).split() == ["0", str(FIRST_ID), str(IDS)]
     assert (await made.says("cat /proc/self/gid_map")).split() == ["0", str(FIRST_ID), str(IDS)]
     assert await made.says("id -u; id -g; id -G; umask") == "0\n0\n0\n0022\n"
-    assert await made.says("ip -o link show lo | grep -c ,UP,; ping -c1 -W1 127.0.0.1 | wc -l") > "1"
+    assert (
+        await made.says("ip -o link show lo | grep -c ,UP,; ping -c1 -W1 127.0.0.1 | wc -l") > "1"
+    )
     # Who owns the user namespace may join it.
     ns_fd = os.open(f"/proc/{made.pid}/ns/user", os.O_RDONLY)
     owner = fcntl.ioctl(ns_fd, NS_GET_OWNER_UID, b"\0\0\0\0")
@@ -723,7 +725,19 @@ def rootfs(tmp_path: Path) -> Path:
     if busybox is None:
         pytest.skip("no busybox")
     shutil.copy(busybox, top / "bin/busybox")
-    for applet in ("sh", "cat", "ls", "id", "stat", "touch", "mount", "mkdir", "mkfifo", "chmod", "head"):
+    for applet in (
+        "sh",
+        "cat",
+        "ls",
+        "id",
+        "stat",
+        "touch",
+        "mount",
+        "mkdir",
+        "mkfifo",
+        "chmod",
+        "head",
+    ):
         (top / "bin" / applet).symlink_to("busybox")
     (top / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
     (top / "etc/shadow").write_text("secret\n")
@@ -802,9 +816,7 @@ async def test_binds(rig: Rig, tmp_path: Path) -> None:
 def subsets() -> list[frozenset[str]]:
     """None, each alone, each left out, and some more."""
     chooser = random.Random(20)
-    some = [
-        frozenset(name for name in sorted(ALL) if chooser.random() < 0.5) for _ in range(16)
-    ]
+    some = [frozenset(name for name in sorted(ALL) if chooser.random() < 0.5) for _ in range(16)]
     return [
         frozenset(),
         *(frozenset({name}) for name in sorted(ALL)),
@@ -875,7 +887,9 @@ async def test_without_user_namespace_dangerous_capabilities_are_gone(rig: Rig) 
 # --- what fails ---
 
 
-async def fails(rig: Rig, number: int, words: str, parent: Made | None = None, **changes: Any) -> None:
+async def fails(
+    rig: Rig, number: int, words: str, parent: Made | None = None, **changes: Any
+) -> None:
     """A make that fails so, and leaves nothing."""
     await rig.spawner.features()
     fds, children = fds_of(rig.spawner.pid), children_of(rig.spawner.pid)
@@ -1030,7 +1044,9 @@ async def test_what_a_command_has(rig: Rig) -> None:
 async def test_terminal(rig: Rig) -> None:
     made = await rig.make()
     ours, theirs = os.openpty()
-    command = await made.start(("sh", "-c", "tty; ps -o tty= -p $$"), theirs, theirs, theirs, terminal=True)
+    command = await made.start(
+        ("sh", "-c", "tty; ps -o tty= -p $$"), theirs, theirs, theirs, terminal=True
+    )
     os.close(theirs)
     assert await command.wait() == 0
     # The pty is the host's, so it has no name inside; but it is the controlling one.
@@ -1102,9 +1118,7 @@ async def test_connections_that_say_nothing(rig: Rig) -> None:
     assert await made.says("echo ok") == "ok\n"
 
 
-async def test_only_those_outside_are_heard(
-    rig: Rig, probe: Callable[[str], int]
-) -> None:
+async def test_only_those_outside_are_heard(rig: Rig, probe: Callable[[str], int]) -> None:
     """A container that got hold of the socket is refused: here of its own, bound inside."""
     made = await rig.make()
     tree_fd = await rig.spawner.tree(0, str(rig.top))
@@ -1112,7 +1126,9 @@ async def test_only_those_outside_are_heard(
     os.close(tree_fd)
     os.chmod(rig.top, 0o777)
     os.chmod(made.init.socket_path, 0o777)
-    program = probe(CONNECT.replace('printf("%d ", errno);', 'char c; printf("%ld ", recv(s, &c, 1, 0));'))
+    program = probe(
+        CONNECT.replace('printf("%d ", errno);', 'char c; printf("%ld ", recv(s, &c, 1, 0));')
+    )
     status, output = await made.run(
         ("/proc/self/fd/3", f"/mnt/{made.number}.sock", "seqpacket"), program
     )
@@ -1214,7 +1230,9 @@ async def test_bind_into_a_running_container(rig: Rig, tmp_path: Path) -> None:
                 for remount in ("true", f"mount -o remount,bind,rw {target}"):
                     status, output = await made.run(f"{remount} && echo x >> {target}")
                     if path.is_dir():
-                        status, output = await made.run(f"{remount} && touch {target}/{made.number}")
+                        status, output = await made.run(
+                            f"{remount} && touch {target}/{made.number}"
+                        )
                         assert (status == 0) == (not read_only), output
                     else:
                         assert status != 0 or not read_only
