@@ -12,7 +12,7 @@ import os
 import stat
 
 from nsfs.attribute import Caller
-from nsfs.container import Container
+from nsfs.container import Container, Face
 
 
 def check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
@@ -51,6 +51,21 @@ def _hidden_from_others(tid: int, path: str) -> bool:
         if real == "/":
             return False
         real = os.path.dirname(real)
+
+
+def check_namespace(face: Face, kind: str, caller: Caller) -> None:
+    """Whether a caller may change the namespace of a type that a container is in; EPERM if not.
+
+    The container may be sharing it with one that it is in: then it is that one's to change, and
+    from inside, where nothing names an ancestor, nobody's.
+    """
+    holder = face.container.holder(kind)
+    if holder is face.container:
+        return
+    inside = face.viewpoint in holder.lineage()
+    may = {0, holder.uid} if face.viewpoint.parent is None else {face.viewpoint.root_uid}
+    if not inside or caller.uid not in may:
+        raise PermissionError(errno.EPERM, f"its {kind} namespace is another's", holder.name)
 
 
 def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:

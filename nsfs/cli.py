@@ -112,12 +112,13 @@ def do_mount(args: argparse.Namespace) -> int:
     command += ["--dir", directory, "--run-dir", run_dir, "--cgroup", args.cgroup or CGROUP]
     if args.config:
         command += ["--config", os.path.abspath(args.config)]
-    # The supervisor keeps the lock for as long as it lives.
-    os.set_inheritable(lock_fd, True)
+    # The supervisor takes it itself, for as long as it lives.
+    os.close(lock_fd)
     if args.foreground:
         os.execv(command[0], command)
-    result = subprocess.run(command, check=False, close_fds=False)
+    result = subprocess.run(command, check=False)
     if result.returncode:
+        graft.undo(unmount)
         raise Refused(f"{directory} cannot be served: {last_words(run_dir)}")
     return 0
 

@@ -122,10 +122,18 @@ class Face:
             return container.root_uid, container.root_gid
         override = container.overrides.get(number)
         if override is not None:
-            return override[1], override[2]
-        if entry is not None and PARENTS in entry.flags and container.parent is not None:
-            return container.parent.owner_of_children()
-        return container.uid, container.gid
+            uid, gid = override[1], override[2]
+        elif entry is not None and PARENTS in entry.flags and container.parent is not None:
+            uid, gid = container.parent.uid, container.parent.gid
+        else:
+            uid, gid = container.uid, container.gid
+        # What somebody outside made in a container is its root's as well, who may kill it.
+        table = self.viewpoint.map
+        if idmap.to_inside(table, uid) is None:
+            uid = self.viewpoint.root_uid
+        if idmap.to_inside(table, gid) is None:
+            gid = self.viewpoint.root_gid
+        return uid, gid
 
     def mode(self, entry: Entry, number: int = 0) -> int:
         """st_mode of an entry, which has that number."""
@@ -210,10 +218,6 @@ class Container:
     def root_gid(self) -> int:
         """The same for groups: the map serves both."""
         return self.root_uid
-
-    def owner_of_children(self) -> tuple[int, int]:
-        """Who changes what contains a child: the owner of this directory."""
-        return self.uid, self.gid
 
     def lineage(self) -> Iterator[Container]:
         """Itself, its parent, and so on to the root."""

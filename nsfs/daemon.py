@@ -29,6 +29,7 @@ import nsfs.views
 from nsfs import config, graft, lifecycle
 from nsfs.attribute import Entry
 from nsfs.cgroup import Hierarchies
+from nsfs.container import ROOT
 from nsfs.fs import Operations
 from nsfs.spawner import FEATURES, Spawner
 from nsfs.store import Store
@@ -184,6 +185,8 @@ async def _end_all(world: World) -> None:
     if len(world.containers) > 1:
         log.error("%d containers have processes that do not end", len(world.containers) - 1)
     world.root.group.remove()
+    # The next instance begins as its configuration says.
+    world.store.drop(ROOT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -188,6 +188,7 @@ class Operations(pyfuse3.Operations):
         root = Directory("", entries=(*entries, self.faces))
         names = Names(world.store.names(), world.store.add_name)
         self.tables = Tables(root, names)
+        world.changed = self.changed
         self.processes = Processes()
         self.running: dict[int, trio.CancelScope] = {}
         self.open_files: dict[int, OpenFile] = {}
@@ -366,6 +367,14 @@ class Operations(pyfuse3.Operations):
             if other is not face:
                 self._invalidate_inode(self.tables.of(other, node.entry).ino)
 
+    def changed(self, container: Container) -> None:
+        """What stat(2) says of a container's files has changed, other than by stat's own."""
+        for face in self.world.known_faces(container):
+            for _, entry in self.tables.paths():
+                if face.has(entry):
+                    self._invalidate_inode(self.tables.of(face, entry).ino)
+            self._invalidate_inode(self.tables.of(face, self.tables.root).ino)
+
     def _invalidate_inode(self, inode: int) -> None:
         try:
             pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
@@ -448,7 +457,7 @@ class Operations(pyfuse3.Operations):
                 errno.EPERM, "containers are made in containers", parent.entry.name
             )
         text = os.fsdecode(name)
-        if self.tables.child(parent, text) is not None:
+        if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
         if parent.face.container.parent is not None and self._fully_marked(parent):
             raise FileNotFoundError(errno.ENOENT, "the parent is being removed", text)
@@ -527,7 +536,7 @@ class Operations(pyfuse3.Operations):
         if source.face.container is not target.face.container:
             # Not EXDEV: mv(1) would then copy and delete.
             raise PermissionError(errno.EPERM, "namespaces cannot be re-nested", old_name)
-        if self.tables.child(target, new_name) is not None:
+        if self.tables.reserved(new_name):
             raise OSError(errno.EEXIST, "the name is taken", new_name)
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)

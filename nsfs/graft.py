@@ -66,6 +66,15 @@ def graft(directory: str, run_dir: str) -> list[str]:
     return [SYS, quiet]
 
 
+def undo(unmount: list[str]) -> None:
+    """Undo a graft that the supervisor did not get to undo."""
+    for path in unmount:
+        kinds = [kind for point, kind, _ in mounts() if point == path]
+        # Below the tmpfs is the real sysfs, which stays.
+        if kinds and kinds[-1] == ("tmpfs" if path == SYS else "sysfs"):
+            syscalls.umount(path, MNT_DETACH)
+
+
 def mounts() -> Iterator[tuple[str, str, str]]:
     """This process's mounts: (mount point, type, source)."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:

@@ -235,6 +235,7 @@ async def rebuild(container: Container, build: Build, caller: Caller) -> None:
             world.ranges.give_back(before_ids[1])
     finally:
         container.busy = False
+    world.changed(container)
     world.look_at(container)
 
 

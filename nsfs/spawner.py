@@ -211,7 +211,7 @@ class Spawner:
             await self.died.wait()
 
     async def _unfiltered(self) -> Spawner:
-        """The one for containers without the denylist, which is inherited: so it has none itself."""
+        """The one for containers without the denylist: it has none that they could inherit."""
         async with self._other_lock:
             if self._other is None or self._other.died.is_set():
                 self._other = await Spawner.start(

@@ -136,6 +136,10 @@ class Tables:
             return None
         return self.of(node.face, entry)
 
+    def reserved(self, name: str) -> bool:
+        """Whether a table has an entry of that name in a face's own directory, shown or not."""
+        return name in self._children[id(self.root)]
+
     def children(self, node: Node) -> Iterator[Node]:
         """The static entries that this face lists, in the order of the tables."""
         for entry in self._children[id(node.entry)].values():

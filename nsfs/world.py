@@ -22,7 +22,7 @@ from nsfs import idmap
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
-from nsfs.container import ROOT, Build, Container, Face, Phase
+from nsfs.container import BUILD_FIELDS, ROOT, Build, Container, Face, Phase
 from nsfs.logring import Limit, LogRing
 from nsfs.logstream import Log
 from nsfs.spawner import Init, Spawner
@@ -63,8 +63,8 @@ class World:
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
         self.nursery: trio.Nursery | None = None
-        self.invalidate: Callable[[int, str, int], None] = lambda directory, name, inode: None
-        """Tell the kernel that a name is gone from a directory's inode."""
+        self.changed: Callable[[Container], None] = lambda container: None
+        """Tell the kernel that owners and modes of a container's files are others now."""
         top = Group.top(hierarchies, group)
         self.root = Container(self, ROOT, "", None, top, phase=Phase.RUNNING, init_pid=1)
         self.root.faces[ROOT] = ROOT
@@ -306,14 +306,9 @@ class World:
 
 def config_defaults(config: Config) -> dict[str, Any]:
     """The root's `defaults/` as the administrator's configuration has them."""
-    chosen = config.defaults
-    return {
-        "unshare": tuple(sorted(chosen.unshare)),
-        "rootfs": "host" if chosen.rootfs is None else str(chosen.rootfs),
-        "binds": chosen.binds,
-        "network": chosen.network,
-        "limits": chosen.limits,
-    }
+    chosen = {name: getattr(config.defaults, name) for name in BUILD_FIELDS}
+    chosen["unshare"] = tuple(sorted(chosen["unshare"]))
+    return chosen
 
 
 def process_of(tid: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ hostname   0644: what gethostname(2) answers inside; written, at most 64 bytes o
 from __future__ import annotations
 
 from nsfs.attribute import Attribute, Caller, Directory, invalid, out_of_range
+from nsfs.authority import check_namespace
 from nsfs.container import HOSTNAME_MAX, Face
 
 
@@ -25,6 +26,7 @@ async def hostname_store(face: Face, value: str, caller: Caller) -> None:
     if len(name.encode()) > HOSTNAME_MAX:
         raise out_of_range(value)
     face.container.check_alive()
+    check_namespace(face, "uts", caller)
     await face.world.spawner.set_hostname(_tag(face), name)
 
 
