@@ -11,21 +11,34 @@ import errno
 import os
 import stat
 
+import trio
+
 from nsfs.attribute import Caller
 from nsfs.container import Container, Face
 
 
-def check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
+async def check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
     """Whether a caller may make that tree a container's root filesystem; EPERM when not.
 
     Idmapped from uid 0, its files belong on disk to the host's users: a member that is root inside
     could leave a setuid program of the host's root there.  So the host's root may name such a tree
     only where other users of the host cannot reach it: below a directory that they cannot search.
     Anybody else may name a tree of their own.
+
+    The filesystem that it is on may be slow, broken, somebody's FUSE daemon or our own: a thread
+    asks it.
     """
+    await trio.to_thread.run_sync(
+        _check_rootfs, tree_fd, path, caller, container, abandon_on_cancel=True
+    )
+
+
+def _check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
     found = os.fstat(tree_fd)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "the root filesystem is no directory", path)
+    if (os.major(found.st_dev), os.minor(found.st_dev)) == container.world.device_numbers:
+        raise OSError(errno.EINVAL, "the tree is nsfs's own", path)
     if caller.uid != 0:
         if found.st_uid != caller.uid:
             raise PermissionError(errno.EPERM, "the tree belongs to somebody else", path)

@@ -28,6 +28,11 @@ V1_CONTROLLERS = ("pids", "memory")
 """The v1 hierarchies that each container has a group in; a limit of another is refused on such a
 host."""
 
+DELEGATED_MAX = 4096
+"""How many groups members may make in theirs."""
+DELEGATED_DEPTH = 12
+"""How deep: with the longest names (255 bytes) such a path is one that open(2) takes."""
+
 # What cgroup v2 calls it, and the v1 hierarchy and file that carry it on a hybrid host.
 V1_FILES = {
     "pids.max": ("pids", "pids.max"),
@@ -158,6 +163,9 @@ class Group:
         self._delegate(self.path)
         payload = f"{self.path}/payload"
         os.mkdir(payload)
+        # What a delegate makes is ours to walk and to remove.
+        _write(f"{payload}/cgroup.max.descendants", str(DELEGATED_MAX))
+        _write(f"{payload}/cgroup.max.depth", str(DELEGATED_DEPTH))
         os.mkdir(f"{self.path}/init")
         if uid or gid:
             os.chown(payload, uid, gid)
@@ -179,23 +187,12 @@ class Group:
         """Remove the groups, and what delegates made below; False while processes are in them."""
         try:
             for path in (self.path, *self.v1.values()):
-                self._remove_tree(path)
+                _remove_tree(path)
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
                 return False
             raise
         return True
-
-    def _remove_tree(self, path: str) -> None:
-        try:
-            with os.scandir(path) as found:
-                below = [e.path for e in found if e.is_dir(follow_symlinks=False)]
-        except FileNotFoundError:
-            return
-        for each in below:
-            self._remove_tree(each)
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(path)
 
     # --- state ---
 
@@ -325,6 +322,36 @@ class Group:
         text = _read(f"{self.path}/cpu.stat")
         pairs = (line.split() for line in text.splitlines())
         return {k: int(v) for k, v in pairs if k in ("usage_usec", "user_usec", "system_usec")}
+
+
+def _remove_tree(path: str) -> None:
+    # Names and depth are the delegate's choice, so no path is put together, nothing recurses, and
+    # one directory is open at a time.
+    try:
+        here = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    names: list[str] = []
+    try:
+        while True:
+            with os.scandir(here) as found:
+                below = next((e.name for e in found if e.is_dir(follow_symlinks=False)), None)
+            if below is not None:
+                names.append(below)
+                step, name = below, None
+            elif names:
+                step, name = "..", names.pop()
+            else:
+                break
+            there = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = there
+            if name is not None:
+                os.rmdir(name, dir_fd=here)
+    finally:
+        os.close(here)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
 
 
 def membership(pid: int) -> str:

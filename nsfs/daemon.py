@@ -136,8 +136,9 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             group=args.cgroup,
         )
         world.spawner = spawner
+        world.device_numbers = graft.device_numbers(args.dir)
         world.root.group.create_top()
-        operations = Operations(world, tables(), device, graft.device_numbers(args.dir))
+        operations = Operations(world, tables(), device)
         options = {"fsname=namespaces", "default_permissions", "allow_other"}
         pyfuse3.init(operations, device.path, options)
         # The mount is the supervisor's to take down.

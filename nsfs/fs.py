@@ -178,10 +178,8 @@ class Operations(pyfuse3.Operations):
         world: World,
         entries: tuple[Entry, ...],
         device: Any,
-        device_numbers: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
-        self.device_numbers = device_numbers
         self.world = world
         self.device = device
         self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
@@ -484,7 +482,7 @@ class Operations(pyfuse3.Operations):
             return
         container = node.face.container
         with container.telling_why("rmdir"):
-            check_seen_once(ctx.pid, self.device_numbers, node.face.viewpoint.number)
+            check_seen_once(ctx.pid, self.world.device_numbers, node.face.viewpoint.number)
             if self._fully_marked(node):
                 lifecycle.end(container)
             else:

@@ -160,7 +160,7 @@ async def _start(container: Container, caller: Caller) -> None:
         if build.rootfs != "host":
             rootfs_fd = await world.spawner.tree(caller.tid, build.rootfs)
             stack.callback(os.close, rootfs_fd)
-            check_rootfs(rootfs_fd, build.rootfs, caller, container)
+            await check_rootfs(rootfs_fd, build.rootfs, caller, container)
         binds = []
         for target, source, mode in build.binds:
             bind_fd = await world.spawner.tree(caller.tid, source)

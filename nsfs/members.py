@@ -8,13 +8,18 @@ PID for each PID namespace from the reader's down to the process's own.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import pwd
 from collections.abc import Iterator
 
+import trio
+
 from nsfs import cgroup, idmap
 from nsfs.container import Container, Face
 
+COMMAND_WAIT_S = 0.2
+"""How long a process may keep us from reading its command line."""
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -131,7 +136,7 @@ def owner(pid: int) -> tuple[int, int]:
     return int(status["Uid"].split()[0]), int(status["Gid"].split()[0])
 
 
-def describe(face: Face, pid: int) -> list[tuple[str, object]]:
+async def describe(face: Face, pid: int) -> list[tuple[str, object]]:
     """What reading `procs/PID` shows of the process with that PID of the host."""
     status = _status(pid)
     uid = int(status["Uid"].split()[0])
@@ -140,7 +145,7 @@ def describe(face: Face, pid: int) -> list[tuple[str, object]]:
     return [
         ("container", face.path_to(home)),
         ("user", 65534 if inside is None else _user_name(face, inside)),
-        ("command", command(pid, status.get("Name", ""))),
+        ("command", await command(pid) or f"[{status.get('Name', '')}]"),
         ("since", f"{started(pid):.2f}"),
     ]
 
@@ -156,16 +161,32 @@ def _user_name(face: Face, uid: int) -> str:
     return str(uid)
 
 
-def command(pid: int, name: str) -> str:
-    """The command line with its control characters escaped; `[name]` for one that has none."""
+async def command(pid: int) -> str:
+    """The command line with what cannot be printed escaped; "" when it has none or hides it.
+
+    Reading it takes the process's mmap_lock, which a process holds while its mmap(2) of a file
+    waits for that file's filesystem: for us, it may be.  So a thread waits, and not for long.
+    """
+    raw = b""
+    with trio.move_on_after(COMMAND_WAIT_S):
+        raw = await trio.to_thread.run_sync(
+            _read_command, pid, abandon_on_cancel=True, limiter=_command_threads()
+        )
+    words = raw.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+@functools.cache
+def _command_threads() -> trio.CapacityLimiter:
+    return trio.CapacityLimiter(8)
+
+
+def _read_command(pid: int) -> bytes:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            raw = file.read(4096)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise no_process(pid) from error
-    words = raw.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    return text or f"[{name}]"
+            return file.read(4096)
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def started(pid: int) -> float:

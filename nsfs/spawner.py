@@ -503,12 +503,17 @@ class Init:
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
                     raise OSError(errno.E2BIG, "arguments and environment are too long") from error
+                if isinstance(error, ConnectionError):
+                    raise OSError(errno.ENODEV, "the container is dead") from error
                 raise
             pid = 0
             while True:
-                data, control, _, _ = await sock.recvmsg(
-                    _INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size)
-                )
+                try:
+                    data, control, _, _ = await sock.recvmsg(
+                        _INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size)
+                    )
+                except ConnectionResetError:
+                    data, control = b"", []
                 if not data and not pid:
                     raise OSError(errno.ENODEV, "the container is dead")
                 if not data:
@@ -524,8 +529,11 @@ class Init:
     async def wait(self, token: int) -> int:
         """Wait for a command's end; ProcessLookupError for one that is not known (any more)."""
         with await self._connect() as sock:
-            await sock.sendmsg([_INIT_REQUEST.pack(_WAIT, 0, token, 0, 0, 0, 0, 0, 0)])
-            data = await sock.recv(_INIT_REPLY.size)
+            try:
+                await sock.sendmsg([_INIT_REQUEST.pack(_WAIT, 0, token, 0, 0, 0, 0, 0, 0)])
+                data = await sock.recv(_INIT_REPLY.size)
+            except ConnectionError:
+                data = b""
         if not data:
             raise OSError(errno.ENODEV, "the container is dead")
         op, number, step, status = _INIT_REPLY.unpack(data)

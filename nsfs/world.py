@@ -63,6 +63,8 @@ class World:
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
         self.nursery: trio.Nursery | None = None
+        self.device_numbers = (0, 0)
+        """Of the mount: major and minor."""
         self.changed: Callable[[Container], None] = lambda container: None
         """Tell the kernel that owners and modes of a container's files are others now."""
         top = Group.top(hierarchies, group)
@@ -299,9 +301,16 @@ class World:
             container.tell()
 
     def start(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Run something in the background."""
+        """Run something in the background; a defect in it is logged and harms nothing else."""
         assert self.nursery is not None
-        self.nursery.start_soon(function, *args)
+        self.nursery.start_soon(_guarded, function, *args)
+
+
+async def _guarded(function: Callable[..., Awaitable[None]], *args: Any) -> None:
+    try:
+        await function(*args)
+    except Exception:
+        log.exception("%s failed", getattr(function, "__name__", function))
 
 
 def config_defaults(config: Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 /*
  * nsfs-init - PID 1 of a container.
  *
- *   nsfs-init FLAGS      FLAGS: `c` make a cgroup namespace, `s` be a subreaper (no PID namespace of its own)
+ *   nsfs-init FLAGS      FLAGS: `c` there is a cgroup namespace, `s` be a subreaper (no PID namespace of its own)
  *
  * It reaps, and it forks commands for those who connect to its socket: a command forked from inside is in
  * every namespace, cgroup and limit at once.  It is executed by the spawner after the user namespace was
@@ -363,6 +363,10 @@ static void forget(size_t index)
 
 static void reply_and_close(size_t index, struct init_reply reply)
 {
+	char unread;
+
+	/* What was only looked at must be gone, or closing would take back the reply (ECONNRESET). */
+	(void)CALL(recvfrom, connections[index].fd, &unread, sizeof(unread), MSG_DONTWAIT, NULL);
 	(void)send_to(connections[index].fd, &reply, sizeof(reply));
 	forget(index);
 }
@@ -532,31 +536,6 @@ static long start_thread(void)
 	return result;
 }
 
-/* Make a cgroup namespace rooted at ID/payload and hold it as INIT_CGROUP_NS_FD: a child born there makes it,
- * shares our descriptors, and opens its own.  By the spawner's /proc, since a root filesystem need not have one. */
-static long make_cgroup_ns(void)
-{
-	long pid = fork_into(CLONE_FILES | CLONE_VFORK, INIT_PAYLOAD_FD), result;
-	int status;
-
-	if (!pid) {
-		result = CALL(unshare, CLONE_NEWCGROUP);
-		if (!result)
-			result = CALL(openat, INIT_PROC_FD, "self/ns/cgroup", O_RDONLY | O_CLOEXEC);
-		/* All lower numbers are taken, and no other descriptor was opened yet. */
-		if (result >= 0 && result != INIT_CGROUP_NS_FD)
-			result = -EBADF;
-		leave(result < 0 ? (int)-result : 0);
-	}
-	if (pid < 0)
-		return pid;
-	result = CALL(wait4, pid, &status, (unsigned int)__WALL, NULL);
-	CALL(close, INIT_PROC_FD);
-	if (result < 0)
-		return result;
-	return status & 0x7f ? -EIO : -(status >> 8 & 0xff);
-}
-
 __attribute__((noreturn))
 static void ready(uint32_t step, long error)
 {
@@ -581,11 +560,7 @@ static void run(const char *flags)
 	own_pid_ns = CALL(getpid) == 1;
 	if (has_char(flags, 's') && (result = CALL(prctl, PR_SET_CHILD_SUBREAPER, 1)))
 		ready(STEP_EXEC, result);
-	if (has_char(flags, 'c')) {
-		if ((result = make_cgroup_ns()))
-			ready(STEP_CGROUP, result);
-		has_cgroup_ns = true;
-	}
+	has_cgroup_ns = has_char(flags, 'c');
 	/* One who connected and left at once must not make us wait for the next. */
 	if ((result = CALL(fcntl, INIT_LISTEN_FD, F_SETFL, O_NONBLOCK)))
 		ready(STEP_EXEC, result);

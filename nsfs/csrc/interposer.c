@@ -116,6 +116,13 @@ static bool record(const struct fuse_in_header *in)
 	return true;
 }
 
+/* It has no slot: each daemon's libfuse is given it. */
+static void record_init(const struct fuse_in_header *in)
+{
+	memcpy(head->init, in, in->len);
+	store(&head->init_bytes, in->len);
+}
+
 /* After its reply was written. */
 static void release(uint64_t unique)
 {
@@ -177,9 +184,8 @@ static void take_stock(int fd)
 		}
 	}
 	/* Killed in the midst of record(): the landing may hold what a slot holds as well. */
-	if (in->len && in->opcode == FUSE_INIT && !head->init_bytes) {
-		memcpy(head->init, in, in->len);
-		store(&head->init_bytes, in->len);
+	if (in->len && in->opcode == FUSE_INIT && !head->init_bytes && in->len <= sizeof(head->init)) {
+		record_init(in);
 	} else if (in->len && needs_reply(in->opcode) && in->opcode != FUSE_INIT &&
 		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique) && !record(in)) {
 		reply_error(fd, in->unique, EBUSY);
@@ -269,8 +275,7 @@ static ssize_t read_device(void *buffer, size_t size)
 		return nothing();
 	}
 	if (in->opcode == FUSE_INIT && in->len <= sizeof(head->init)) {
-		memcpy(head->init, in, in->len);
-		store(&head->init_bytes, in->len);
+		record_init(in);
 		store(&in->len, 0);
 		return hand_over_init(buffer, size);
 	}

@@ -111,8 +111,7 @@ enum step {
 #define INIT_LISTEN_FD 3
 #define INIT_PAYLOAD_FD 4	/* O_PATH of ID/payload */
 #define INIT_READY_FD 5		/* takes one struct init_result, then is closed */
-#define INIT_PROC_FD 6		/* with flag `c`: /proc of the host, closed before the init is ready */
-#define INIT_CGROUP_NS_FD 7	/* the container's cgroup namespace; made by the init */
+#define INIT_CGROUP_NS_FD 6	/* with flag `c`: the cgroup namespace rooted at ID/payload */
 
 struct init_result {
 	int32_t error;		/* 0 or -errno */

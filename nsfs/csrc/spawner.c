@@ -107,9 +107,13 @@ struct job {
 	int64_t deadline_ms;
 };
 
+/* What the spawner gets for a container while that one is mounting. */
+enum { GIVEN_CGROUP_NS, GIVEN_NET_NS, GIVEN_FACE, GIVEN_KMSG, GIVEN_PROC_KMSG, GIVEN };
+
 /* What a child with our descriptors leaves behind; in memory shared with it. */
 struct left {
 	int value;		/* a descriptor or -errno */
+	int given[GIVEN];
 	uint32_t step;
 };
 
@@ -271,27 +275,63 @@ static int pid_of(int pid_fd)
 	return line && atoi(line + 5) > 0 ? atoi(line + 5) : -ESRCH;
 }
 
-/* A packet, and a descriptor unless that is -1. */
-static int send_with(int to_fd, void *data, size_t length, int fd)
+/* A packet, with those of the descriptors that are not -1. */
+static int send_with(int to_fd, void *data, size_t length, const int *fds, size_t fd_count)
 {
 	union {
-		char buffer[CMSG_SPACE(sizeof(int))];
+		char buffer[CMSG_SPACE(sizeof(int) * GIVEN)];
 		struct cmsghdr align;
 	} control = { .buffer = "" };
 	struct iovec iov = { .iov_base = data, .iov_len = length };
 	struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
+	struct cmsghdr *rights = &control.align;
+	size_t count = 0;
 
-	if (fd >= 0) {
-		struct cmsghdr *rights = &control.align;
-
+	for (size_t i = 0; i < fd_count; i++)
+		if (fds[i] >= 0)
+			memcpy(CMSG_DATA(rights) + sizeof(int) * count++, &fds[i], sizeof(int));
+	if (count) {
 		header.msg_control = control.buffer;
-		header.msg_controllen = sizeof(control.buffer);
+		header.msg_controllen = CMSG_SPACE(sizeof(int) * count);
 		rights->cmsg_level = SOL_SOCKET;
 		rights->cmsg_type = SCM_RIGHTS;
-		rights->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+		rights->cmsg_len = CMSG_LEN(sizeof(int) * count);
 	}
 	return sendmsg(to_fd, &header, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+/* Receive a packet into `data` and descriptors into fds[]; returns its length or -errno. */
+static ssize_t receive_with(int from_fd, void *data, size_t size, int *fds, size_t fds_size, size_t *fd_count)
+{
+	union {
+		char buffer[CMSG_SPACE(sizeof(int) * MESSAGE_FDS_MAX)];
+		struct cmsghdr align;
+	} control;
+	struct iovec iov = { .iov_base = data, .iov_len = size };
+	struct msghdr header = {
+		.msg_iov = &iov, .msg_iovlen = 1,
+		.msg_control = control.buffer, .msg_controllen = CMSG_SPACE(sizeof(int) * fds_size),
+	};
+	const struct cmsghdr *rights;
+	ssize_t length = recvmsg(from_fd, &header, MSG_CMSG_CLOEXEC);
+
+	*fd_count = 0;
+	if (length < 0)
+		return -errno;
+	rights = CMSG_FIRSTHDR(&header);
+	if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS) {
+		*fd_count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		/* The buffer may have had room for one more, by its padding. */
+		while (*fd_count > fds_size) {
+			int extra;
+
+			memcpy(&extra, CMSG_DATA(rights) + sizeof(int) * --*fd_count, sizeof(int));
+			close(extra);
+			header.msg_flags |= MSG_CTRUNC;
+		}
+		memcpy(fds, CMSG_DATA(rights), *fd_count * sizeof(int));
+	}
+	return header.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? -E2BIG : length;
 }
 
 /* /proc/PID/ns/TYPE; 0: our own */
@@ -423,15 +463,24 @@ static bool own(int type)
 	return request.head.unshare & (unsigned int)type;
 }
 
-/* Wait for the spawner: our maps are written. */
-static int await_go(int channel_fd)
+static int given[GIVEN];
+
+/* Wait for the spawner: our maps are written, or (all) it has what it was to get for us. */
+static int await_spawner(int channel_fd, bool all)
 {
+	const bool wanted[GIVEN] = { own(CLONE_NEWCGROUP), own(CLONE_NEWNET), own(CLONE_NEWNS),
+		own(CLONE_NEWNS), own(CLONE_NEWNS) };
+	int fds[GIVEN];
+	size_t count, next = 0;
 	char byte;
 
 	/* When it has died, or failed, there is nothing more to do. */
-	if (recv(channel_fd, &byte, 1, 0) != 1)
+	if (receive_with(channel_fd, &byte, 1, fds, GIVEN, &count) != 1)
 		_exit(1);
-	return 0;
+	for (size_t i = 0; i < GIVEN; i++)
+		given[i] = all && wanted[i] && next < count ? fds[next++] : -1;
+	step = STEP_NET;
+	return all && own(CLONE_NEWNET) ? (int)call(setns(given[GIVEN_NET_NS], CLONE_NEWNET)) : 0;
 }
 
 static int become_root(void)
@@ -445,23 +494,6 @@ static int become_root(void)
 		return result;
 	/* A change of credentials sets it to fs.suid_dumpable, which may be 1. */
 	return (int)call(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
-}
-
-static int set_up_net(void)
-{
-	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP };
-	int fd, result;
-
-	step = STEP_NET;
-	/* Only now, with the maps written: whose the namespace's files in sysfs are is decided when it is made. */
-	if (unshare(CLONE_NEWNET))
-		return -errno;
-	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return -errno;
-	result = (int)call(ioctl(fd, SIOCSIFFLAGS, &lo));
-	close(fd);
-	return result;
 }
 
 static const char *const devices[] = { "null", "zero", "full", "random", "urandom", "tty" };
@@ -523,7 +555,7 @@ static int make_private(void)
 	return fd;
 }
 
-static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd, int kmsg_fd)
+static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd)
 {
 	int dev_fd, result;
 
@@ -547,13 +579,10 @@ static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd, int 
 		return result;
 	if (queue_fd >= 0 && (result = attach(queue_fd, dev_fd, "mqueue")))
 		return result;
-	step = STEP_FACE;
-	if ((result = make_file(dev_fd, "kmsg")) || (result = attach(kmsg_fd, dev_fd, "kmsg")))
-		return result;
 	return dev_fd;
 }
 
-static int set_up_proc(int dev_fd, int top_fd, int kmsg_fd)
+static int set_up_proc(int dev_fd, int top_fd)
 {
 	const char *source = request.head.pid ? "/s/proc" : "/proc";
 	int quiet_fd, fd, result;
@@ -568,14 +597,12 @@ static int set_up_proc(int dev_fd, int top_fd, int kmsg_fd)
 	fd = clone_tree(quiet_fd, "");
 	if (fd < 0)
 		return fd;
-	if ((result = attach_in_root(fd, top_fd, "proc")))
-		return result;
-	step = STEP_FACE;
-	return attach(kmsg_fd, fd, "kmsg");
+	result = attach_in_root(fd, top_fd, "proc");
+	return result ? result : fd;
 }
 
-/* /sys: every entry of sysfs, and the filesystem. */
-static int set_up_sys(int dev_fd, int private_fd, int top_fd, int face_fd)
+/* /sys: every entry of sysfs, and `namespaces` to be mounted on. */
+static int set_up_sys(int dev_fd, int private_fd, int top_fd)
 {
 	const char *source = request.head.pid ? "/s/sys" : "/sys";
 	const unsigned int attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
@@ -612,11 +639,21 @@ static int set_up_sys(int dev_fd, int private_fd, int top_fd, int face_fd)
 	}
 	if ((result = attach(quiet_fd, dev_fd, ".nsfs/sys")))
 		return result;
-	step = STEP_FACE;
-	if ((result = make_dir(fd, "namespaces", 0755)) || (result = attach(face_fd, fd, "namespaces")))
+	if ((result = make_dir(fd, "namespaces", 0755)) || (result = set_mount(fd, MOUNT_ATTR_RDONLY, 0, false)))
 		return result;
-	step = STEP_MOUNT;
-	return set_mount(fd, MOUNT_ATTR_RDONLY, 0, false);
+	return fd;
+}
+
+static int set_up_face(int dev_fd, int proc_fs_fd, int sys_fd)
+{
+	int result;
+
+	step = STEP_FACE;
+	if ((result = attach(given[GIVEN_FACE], sys_fd, "namespaces")) ||
+	    (result = make_file(dev_fd, "kmsg")) ||
+	    (result = attach(given[GIVEN_KMSG], dev_fd, "kmsg")))
+		return result;
+	return attach(given[GIVEN_PROC_KMSG], proc_fs_fd, "kmsg");
 }
 
 static int set_up_binds(int top_fd)
@@ -644,15 +681,6 @@ static int set_up_binds(int top_fd)
 	return 0;
 }
 
-static int open_face(const char *suffix)
-{
-	char path[64];
-
-	step = STEP_FACE;
-	snprintf(path, sizeof(path), "/fuse/.f/%u%s", request.head.face, suffix);
-	return clone_tree(AT_FDCWD, path);
-}
-
 /* Its root will be root of the host's user namespace. */
 static bool in_initial_user_ns;
 
@@ -665,16 +693,12 @@ static int set_up_mounts(int channel_fd)
 	const char *pts_options[][2] = {
 		{ "newinstance", NULL }, { "ptmxmode", "0666" }, { "mode", "0620" },
 		{ gid_mapped(5) ? "gid" : NULL, "5" }, { NULL, NULL } };
-	int top_fd, face_fd, kmsg_fd, proc_kmsg_fd, private_fd, pts_fd, queue_fd, dev_fd, fd, result;
+	int top_fd, private_fd, pts_fd, queue_fd, dev_fd, proc_fs_fd, sys_fd, fd, result;
 
 	step = STEP_ROOT;
 	top_fd = clone_tree(AT_FDCWD, root_source);
 	if (top_fd < 0)
 		return top_fd;
-	/* `.f` is for the host's root alone, which by our filesystem UID we are until become_root(). */
-	if ((face_fd = open_face("")) < 0 || (kmsg_fd = open_face(".kmsg")) < 0 ||
-	    (proc_kmsg_fd = open_face(".pkmsg")) < 0)
-		return face_fd < 0 ? face_fd : kmsg_fd < 0 ? kmsg_fd : proc_kmsg_fd;
 	step = STEP_MOUNT;
 	queue_fd = own(CLONE_NEWIPC) ? new_mount("mqueue", NULL, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
 						 MOUNT_ATTR_NOEXEC) : clone_tree(AT_FDCWD, "/s/mqueue");
@@ -685,8 +709,7 @@ static int set_up_mounts(int channel_fd)
 	if ((result = attach(top_fd, AT_FDCWD, "/")))
 		return result;
 
-	await_go(channel_fd);
-	if ((result = become_root()) || (own(CLONE_NEWNET) && (result = set_up_net())))
+	if ((result = await_spawner(channel_fd, false)) || (result = become_root()))
 		return result;
 	private_fd = make_private();
 	if (private_fd < 0)
@@ -702,12 +725,18 @@ static int set_up_mounts(int channel_fd)
 			return result;
 		close(fd);
 	}
-	dev_fd = set_up_dev(private_fd, top_fd, pts_fd, queue_fd, kmsg_fd);
+	dev_fd = set_up_dev(private_fd, top_fd, pts_fd, queue_fd);
 	if (dev_fd < 0)
 		return dev_fd;
-	if ((result = set_up_proc(dev_fd, top_fd, proc_kmsg_fd)) ||
-	    (result = set_up_sys(dev_fd, private_fd, top_fd, face_fd)) ||
-	    (result = set_up_binds(top_fd)))
+	proc_fs_fd = set_up_proc(dev_fd, top_fd);
+	if (proc_fs_fd < 0)
+		return proc_fs_fd;
+	if ((result = await_spawner(channel_fd, true)))
+		return result;
+	sys_fd = set_up_sys(dev_fd, private_fd, top_fd);
+	if (sys_fd < 0)
+		return sys_fd;
+	if ((result = set_up_face(dev_fd, proc_fs_fd, sys_fd)) || (result = set_up_binds(top_fd)))
 		return result;
 	step = STEP_PIVOT;
 	/* The old root ends up on top of the new one at the same place, and goes with all that is on it. */
@@ -820,7 +849,7 @@ static int execute_init(int channel_fd)
 	if (dup3(request.listen_fd, INIT_LISTEN_FD, 0) < 0 ||
 	    dup3(request.payload_fd, INIT_PAYLOAD_FD, 0) < 0 ||
 	    dup3(channel_fd, INIT_READY_FD, 0) < 0 ||
-	    (own(CLONE_NEWCGROUP) && dup3(proc_fd, INIT_PROC_FD, 0) < 0))
+	    (own(CLONE_NEWCGROUP) && dup3(given[GIVEN_CGROUP_NS], INIT_CGROUP_NS_FD, 0) < 0))
 		return -errno;
 	/* By descriptor: it is on no mount of this namespace.  All else is close-on-exec. */
 	(void)syscall(SYS_execveat, root_fd, "nsfs-init", argv, environment, 0);
@@ -844,11 +873,8 @@ static int set_up(int channel_fd)
 	if (own(CLONE_NEWNS)) {
 		result = set_up_mounts(channel_fd);
 	} else {
-		await_go(channel_fd);
-		result = become_root();
-		if (!result && own(CLONE_NEWNET))
-			result = set_up_net();
-		step = STEP_PIVOT;
+		if (!(result = await_spawner(channel_fd, false)) && !(result = become_root()))
+			result = await_spawner(channel_fd, true);
 		if (!result && chdir("/"))
 			result = -errno;
 	}
@@ -873,15 +899,14 @@ static void child(int channel_fd, int spawner_end_fd)
 
 /* --- making --- */
 
-/* Run something in a child that shares our descriptors and is gone when this returns.  Returns what that did: a
- * descriptor or -errno. */
-static int aside(int (*work)(void *), void *about, int cgroup_fd)
+/* Start something in a child that shares our descriptors; returns its PID or -errno. */
+static int start_aside(int (*work)(void *), void *about, int cgroup_fd, uint64_t flags)
 {
 	int result;
 
-	*left = (struct left){ .value = -EIO, .step = STEP_DIED };
+	*left = (struct left){ .value = -EIO, .given = { -1, -1, -1, -1, -1 }, .step = STEP_DIED };
 	step = STEP_CLONE;
-	result = clone_child(CLONE_FILES | CLONE_VFORK, cgroup_fd, NULL);
+	result = clone_child(CLONE_FILES | flags, cgroup_fd, NULL);
 	if (!result) {
 		/* In two steps: there may be another child of ours that leaves something. */
 		result = work(about);
@@ -889,12 +914,23 @@ static int aside(int (*work)(void *), void *about, int cgroup_fd)
 		left->step = step;
 		_exit(0);
 	}
-	if (result < 0)
-		return result;
-	while (waitpid(result, NULL, __WALL) < 0 && errno == EINTR)
+	return result;
+}
+
+/* See the child gone; returns what its work did: a descriptor, or 0, or -errno. */
+static int end_aside(int pid)
+{
+	while (waitpid(pid, NULL, __WALL) < 0 && errno == EINTR)
 		;
 	step = left->step;
 	return left->value;
+}
+
+static int aside(int (*work)(void *), void *about, int cgroup_fd)
+{
+	int pid = start_aside(work, about, cgroup_fd, CLONE_VFORK);
+
+	return pid < 0 ? pid : end_aside(pid);
 }
 
 struct borrowed {
@@ -1185,6 +1221,87 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 	return 0;
 }
 
+/* In a child that was born in ID/payload: make the namespaces that a container cannot be born with. */
+static int make_namespaces(void *about)
+{
+	const int *pid_fd = about;
+	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+	int fd, result;
+
+	step = STEP_JOIN;
+	if (!in_initial_user_ns && setns(*pid_fd, CLONE_NEWUSER))
+		return -errno;
+	if (own(CLONE_NEWCGROUP)) {
+		step = STEP_CGROUP;
+		/* Its root is the group of whoever makes it. */
+		if (unshare(CLONE_NEWCGROUP))
+			return -errno;
+		left->given[GIVEN_CGROUP_NS] = fd = open_ns(0, "cgroup");
+		if (fd < 0)
+			return fd;
+	}
+	if (own(CLONE_NEWNET)) {
+		step = STEP_NET;
+		/* Whose its files in sysfs are is decided now: so the maps have to be there. */
+		if (unshare(CLONE_NEWNET))
+			return -errno;
+		left->given[GIVEN_NET_NS] = fd = open_ns(0, "net");
+		if (fd < 0)
+			return fd;
+		fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+		if (fd < 0)
+			return -errno;
+		result = (int)call(ioctl(fd, SIOCSIFFLAGS, &lo));
+		close(fd);
+		if (result)
+			return result;
+	}
+	return 0;
+}
+
+static int open_face(const char *suffix)
+{
+	char path[64];
+
+	step = STEP_FACE;
+	snprintf(path, sizeof(path), "fuse/.f/%u%s", request.head.face, suffix);
+	return clone_tree(root_fd, path);
+}
+
+/* Get the container what takes long (making a network namespace, asking the daemon for its own files), while it
+ * is mounting. */
+static int provide(int pid_fd, int channel_fd)
+{
+	static const char *const suffixes[] = { "", ".kmsg", ".pkmsg" };
+	int fds[GIVEN] = { -1, -1, -1, -1, -1 }, pid = 0, result = 0, other;
+
+	if (own(CLONE_NEWCGROUP) || own(CLONE_NEWNET)) {
+		pid = start_aside(make_namespaces, &pid_fd, request.payload_fd, 0);
+		if (pid < 0)
+			return pid;
+	}
+	for (size_t i = 0; i < N(suffixes) && own(CLONE_NEWNS) && result >= 0; i++)
+		fds[GIVEN_FACE + i] = result = open_face(suffixes[i]);
+	if (pid) {
+		const uint32_t face_step = step;
+
+		other = end_aside(pid);
+		memcpy(fds, left->given, sizeof(int) * GIVEN_FACE);
+		if (result < 0)
+			step = face_step;
+		else
+			result = other;
+	}
+	if (result >= 0) {
+		(void)send_with(channel_fd, (char[]){ 0 }, 1, fds, GIVEN);
+		result = 0;
+	}
+	for (size_t i = 0; i < GIVEN; i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+	return result;
+}
+
 /* Wait for what the child says; if it is dead already the channel's end tells. */
 static void await_result(struct job *job, int pid, int pid_fd, int channel_fd)
 {
@@ -1198,7 +1315,8 @@ static int make(struct job *job)
 {
 	const struct spawner_request *head = &request.head;
 	struct nested nested = { .pid_fd = -1 };
-	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, result = 0;
+	struct init_result said;
+	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, pid, result = 0;
 
 	if (head->pid) {
 		nested.pid_fd = result = open_pid(head->pid);
@@ -1230,10 +1348,23 @@ static int make(struct job *job)
 		end(pid_fd);
 		goto out;
 	}
+	pid = result;
+	/* Should it be dead already the channel's end will tell. */
 	(void)send(channel[0], "", 1, MSG_NOSIGNAL);
-	await_result(job, result, pid_fd, channel[0]);
+	result = provide(pid_fd, channel[0]);
+	if (result) {
+		end(pid_fd);
+		/* If it failed first then that is the reason for this. */
+		if (recv(channel[0], &said, sizeof(said), MSG_DONTWAIT) == sizeof(said) ||
+		    (errno == ECONNRESET &&
+		     recv(channel[0], &said, sizeof(said), MSG_DONTWAIT) == sizeof(said))) {
+			result = said.error;
+			step = said.step;
+		}
+		goto out;
+	}
+	await_result(job, pid, pid_fd, channel[0]);
 	channel[0] = -1;
-	result = 0;
 out:
 	if (places_fd >= 0) {
 		/* With all that is on it; the clone has its copy. */
@@ -1426,7 +1557,7 @@ static int act_aside(struct job *job)
 
 		struct init_result said = { .error = fd < 0 ? fd : 0, .step = step };
 
-		(void)send_with(channel[1], &said, sizeof(said), fd > 0 ? fd : -1);
+		(void)send_with(channel[1], &said, sizeof(said), &fd, fd > 0);
 		_exit(0);
 	}
 	close(channel[1]);
@@ -1476,7 +1607,7 @@ static int open_output(void)
 /* If the daemon is gone its end-of-file comes next. */
 static void reply_with(struct spawner_reply reply, int fd)
 {
-	(void)send_with(socket_fd, &reply, sizeof(reply), fd);
+	(void)send_with(socket_fd, &reply, sizeof(reply), &fd, 1);
 	if (fd >= 0)
 		close(fd);
 }
@@ -1538,39 +1669,21 @@ static int parse(size_t length)
 /* One request.  Ends the program at the end-of-file. */
 static void hear(struct job *job)
 {
-	union {
-		char buffer[CMSG_SPACE(sizeof(int) * MESSAGE_FDS_MAX)];
-		struct cmsghdr align;
-	} control;
-	struct iovec iov = { .iov_base = message, .iov_len = sizeof(message) - 1 };
-	struct msghdr header = {
-		.msg_iov = &iov, .msg_iovlen = 1,
-		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
-	};
 	struct spawner_reply reply = { .id = 0 };
-	struct cmsghdr *each;
-	ssize_t length = recvmsg(socket_fd, &header, MSG_CMSG_CLOEXEC);
+	ssize_t length = receive_with(socket_fd, message, sizeof(message) - 1, request.fds, MESSAGE_FDS_MAX,
+				      &request.fd_count);
 	int fd = -1, result;
 
-	if (length < 0 && (errno == EINTR || errno == EAGAIN))
+	if (length == -EINTR || length == -EAGAIN)
 		return;
-	if (length <= 0)
+	if (!length || (length < 0 && length != -E2BIG))
 		_exit(0);
-	request.fd_count = 0;
-	for (each = CMSG_FIRSTHDR(&header); each; each = CMSG_NXTHDR(&header, each))
-		if (each->cmsg_level == SOL_SOCKET && each->cmsg_type == SCM_RIGHTS) {
-			request.fd_count = (each->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-			memcpy(request.fds, CMSG_DATA(each), request.fd_count * sizeof(int));
-		}
 	memset(&request.head, 0, sizeof(request.head));
-	memcpy(&request.head, message, (size_t)length < sizeof(request.head) ?
-	       (size_t)length : sizeof(request.head));
-	if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-		step = STEP_REQUEST;
-		result = -E2BIG;
-	} else {
-		result = parse((size_t)length);
-	}
+	/* Of a message that is too long the beginning is there, and so its number. */
+	memcpy(&request.head, message, length < 0 || (size_t)length > sizeof(request.head) ?
+	       sizeof(request.head) : (size_t)length);
+	step = STEP_REQUEST;
+	result = length < 0 ? (int)length : parse((size_t)length);
 	if (!result)
 		switch (request.head.op) {
 		case OP_MAKE:
@@ -1602,26 +1715,17 @@ static void hear(struct job *job)
 /* A child has said how it went, or died, or has to. */
 static void finish(struct job *job, bool too_late)
 {
-	union {
-		char buffer[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control;
-	struct init_result result;
-	struct iovec iov = { .iov_base = &result, .iov_len = sizeof(result) };
-	struct msghdr header = {
-		.msg_iov = &iov, .msg_iovlen = 1,
-		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
-	};
 	struct spawner_reply reply = { .id = job->id };
-	const struct cmsghdr *rights;
+	struct init_result result;
 	ssize_t length = 0;
+	size_t count = 0;
 	int fd = -1;
 
 	if (!too_late) {
-		length = recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC);
-		/* It ended before it read our "go": that is told first, and then what it had said. */
-		if (length < 0 && errno == ECONNRESET)
-			length = recvmsg(job->channel_fd, &header, MSG_CMSG_CLOEXEC);
+		length = receive_with(job->channel_fd, &result, sizeof(result), &fd, 1, &count);
+		/* It ended before it read what we sent: that is told first, and then what it had said. */
+		if (length == -ECONNRESET)
+			length = receive_with(job->channel_fd, &result, sizeof(result), &fd, 1, &count);
 	}
 	if (too_late) {
 		reply.error = -ETIMEDOUT;
@@ -1629,9 +1733,6 @@ static void finish(struct job *job, bool too_late)
 	} else if (length == sizeof(result)) {
 		reply.error = result.error;
 		reply.step = result.step;
-		rights = CMSG_FIRSTHDR(&header);
-		if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS)
-			memcpy(&fd, CMSG_DATA(rights), sizeof(fd));
 	} else {
 		reply.error = -EIO;
 		reply.step = STEP_DIED;

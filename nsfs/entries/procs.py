@@ -16,9 +16,9 @@ from nsfs.container import Face
 from nsfs.world import process_of
 
 
-def process_show(face: Face, key: int) -> str:
+async def process_show(face: Face, key: int) -> str:
     """What is known of one member."""
-    return flat_keyed(members.describe(face, members.host_pid(face, key)))
+    return flat_keyed(await members.describe(face, members.host_pid(face, key)))
 
 
 def procs_names(face: Face) -> Iterator[tuple[str, int]]:

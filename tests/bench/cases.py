@@ -11,12 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from fuse_requests import counting
 from instance import Instance, wait_gone
 from measure import Contender, Report, read, run
 from others import BWRAP, UNSHARE, BareGroup, Clone3, Runc, Tree, empty_files
-from requests import counting
 
 
 @dataclass
@@ -101,6 +102,7 @@ def make(bench: Bench) -> None:
         bench.report.interleave(slow, max(3, bench.runs // 3))
     want = bench.report.want
     want("mkdir(2), of bwrap", "make: mkdir(2)", 0.5, "make: bwrap")
+    want("mkdir(2), of runc run", "make: mkdir(2), beside runc", 0.1, "make: runc run, to its end")
     want("mkdir(2), of runc run -d", "make: mkdir(2), beside runc", 0.1, "make: runc run -d")
     want("mkdir(2), of a bare clone3", "make: mkdir(2)", 4, "make: clone3, child exits")
     want("rm -rf, of runc delete -f", "end: rm -rf, beside runc", 0.1, "end: runc delete -f")
@@ -150,11 +152,11 @@ def kill(bench: Bench) -> None:
     many, runs = bench.tree_size, max(3, bench.runs // 2)
     for mode, what in (("still", f"{many} processes"), ("bomb", f"fork bomb of {many}")):
         contenders: dict[str, Contender] = {
-            "plain": lambda mode=mode, what=what: _kill_bare(bench, "plain", mode, what),
-            "bare": lambda mode=mode, what=what: _kill_bare(bench, "bare", mode, what),
+            "plain": partial(_kill_bare, bench, "plain", mode, what),
+            "bare": partial(_kill_bare, bench, "bare", mode, what),
         }
         if bench.instance:
-            contenders["rm -rf"] = lambda mode=mode, what=what: _kill_nsfs(bench, mode, what)
+            contenders["rm -rf"] = partial(_kill_nsfs, bench, mode, what)
         bench.report.interleave(contenders, runs)
         bench.report.want(
             f"rm -rf of {what}, of a bare cgroup.kill",
@@ -377,7 +379,7 @@ def requests(bench: Bench) -> None:
             command = [str(path) if word == "PATH" else word for word in words]
             if "PATH" not in words:
                 command.append(str(path))
-            count(f"{' '.join(words[:2])} of one", lambda command=command: run(command))
+            count(f"{' '.join(words[:2])} of one", partial(run, command))
             instance.settle(0)
     path = make_one()
     count("shutil.rmtree of one", lambda: shutil.rmtree(path))

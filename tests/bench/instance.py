@@ -96,7 +96,7 @@ class Instance:
             before, _, after = line.partition(" - ")
             if after.split()[0] == "cgroup":
                 tops.update(dict.fromkeys(after.split()[2].split(","), before.split()[4]))
-        found = []
+        found: list[str] = []
         for line in read(f"/proc/{self.init(container)}/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:

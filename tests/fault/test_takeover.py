@@ -67,6 +67,9 @@ pytestmark = pytest.mark.skipif(
         "request_that_kills_daemons",
         "parent_is_killed",
         "foreground_notifies_systemd",
+        "supervisor_is_killed",
+        "unmounted_by_hand",
+        "log_is_limited",
         "joins_nothing_else",
         "supervisor_is_small",
     ],
@@ -572,6 +575,37 @@ def parent_is_killed(directory: Path) -> None:
         os.kill(daemon, signal.SIGCONT)
         assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) in (0, 1)
         assert not mounted.is_mounted()
+
+
+def supervisor_is_killed(directory: Path) -> None:
+    """The daemon goes on serving."""
+    with served(directory) as mounted, reader(mounted) as process:
+        supervisor = mounted.pid("supervisor")
+        os.kill(supervisor, signal.SIGKILL)
+        os.waitpid(supervisor, 0)
+        assert mounted.number() == 1
+        (mounted.state / "release").touch()
+        assert process.stdout
+        assert process.stdout.readline() == b"released\n"
+
+
+def unmounted_by_hand(directory: Path) -> None:
+    """The daemon sees the end of the session, which is a clean end."""
+    with cleaned_up(directory) as mounted:
+        supervisor = subprocess.Popen(mounted.command("--foreground"))
+        until((mounted.run / "daemon.pid").exists)
+        assert mounted.number() == 1
+        subprocess.run(["umount", mounted.root], check=True)
+        assert supervisor.wait(WAIT_S) == 0
+
+
+def log_is_limited(directory: Path) -> None:
+    with served(directory) as mounted:
+        (mounted.run / "log").write_bytes(b"x" * 1100000)
+        mounted.kill_daemon()
+        mounted.wait_for_daemon(2)
+        assert len(mounted.log()) < 1000
+        assert (mounted.run / "log.old").stat().st_size >= 1100000
 
 
 def foreground_notifies_systemd(directory: Path) -> None:
