@@ -106,6 +106,11 @@ class Hierarchies:
         known = set(_read(f"{v2}/cgroup.controllers").split())
         return cls(v2, v1, frozenset(known.intersection(CONTROLLERS)))
 
+    def can_limit(self, name: str) -> bool:
+        """Whether a limit that cgroup v2 calls `name` can be set on this host."""
+        carrier = V1_FILES.get(name, ("", ""))[0]
+        return name.partition(".")[0] in self.controllers or carrier in self.v1
+
 
 class Group:
     """One container's groups."""

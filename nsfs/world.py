@@ -71,7 +71,7 @@ class World:
         self.root = Container(self, ROOT, "", None, top, phase=Phase.RUNNING, init_pid=1)
         self.root.faces[ROOT] = ROOT
         self.root.since = time.time()
-        self.root.defaults = config_defaults(config)
+        self.root.defaults = config_defaults(config, hierarchies)
         self._register(self.root)
 
     # --- containers ---
@@ -313,10 +313,14 @@ async def _guarded(function: Callable[..., Awaitable[None]], *args: Any) -> None
         log.exception("%s failed", getattr(function, "__name__", function))
 
 
-def config_defaults(config: Config) -> dict[str, Any]:
-    """The root's `defaults/` as the administrator's configuration has them."""
+def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
+    """The root's `defaults/` as the administrator's configuration has them.
+
+    A limit that this host has no controller for is left out: nobody asked for just that one.
+    """
     chosen = {name: getattr(config.defaults, name) for name in BUILD_FIELDS}
     chosen["unshare"] = tuple(sorted(chosen["unshare"]))
+    chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.can_limit(x[0]))
     return chosen
 
 

@@ -75,6 +75,7 @@
 #define UMOUNT_NOFOLLOW 8
 #endif
 
+#define N(array) (sizeof(array) / sizeof((array)[0]))
 #define JOBS_MAX 64
 #define DEADLINE_MS 30000	/* a child that takes longer hangs in somebody's filesystem */
 #define FIRST_FD 20		/* ours are from here on; below is where an init wants its own */
@@ -107,13 +108,15 @@ struct job {
 	int64_t deadline_ms;
 };
 
-/* What the spawner gets for a container while that one is mounting. */
-enum { GIVEN_CGROUP_NS, GIVEN_NET_NS, GIVEN_FACE, GIVEN_KMSG, GIVEN_PROC_KMSG, GIVEN };
+/* What a container is told and given while it is mounting; each message is one such byte and descriptors. */
+enum { MAPPED = 'm', NAMESPACES = 'n', FACE = 'f' };
+enum { GIVEN_CGROUP_NS, GIVEN_NET_NS, GIVEN_NAMESPACES };
+enum { GIVEN_FACE, GIVEN_KMSG, GIVEN_PROC_KMSG, GIVEN_FACES };
+#define SENT_FDS_MAX 3
 
 /* What a child with our descriptors leaves behind; in memory shared with it. */
 struct left {
 	int value;		/* a descriptor or -errno */
-	int given[GIVEN];
 	uint32_t step;
 };
 
@@ -279,7 +282,7 @@ static int pid_of(int pid_fd)
 static int send_with(int to_fd, void *data, size_t length, const int *fds, size_t fd_count)
 {
 	union {
-		char buffer[CMSG_SPACE(sizeof(int) * GIVEN)];
+		char buffer[CMSG_SPACE(sizeof(int) * SENT_FDS_MAX)];
 		struct cmsghdr align;
 	} control = { .buffer = "" };
 	struct iovec iov = { .iov_base = data, .iov_len = length };
@@ -364,18 +367,15 @@ static int open_pid(pid_t pid)
 }
 
 /* Write the maps of a process's new user namespace.  To be called in the parent user namespace. */
-static int write_maps(int pid_fd)
+static int write_maps(int pid)
 {
 	static char text[MAP_EXTENTS_MAX * 36];
 	const struct map_extent *extent = request.extents;
 	static const char *const files[] = { "uid_map", "gid_map" };
 	const uint32_t counts[] = { request.head.uid_extents, request.head.gid_extents };
 	char path[64];
-	int pid = pid_of(pid_fd);
 
 	step = STEP_MAP;
-	if (pid < 0)
-		return pid;
 	for (int i = 0; i < 2; i++) {
 		size_t length = 0;
 		int result;
@@ -463,24 +463,36 @@ static bool own(int type)
 	return request.head.unshare & (unsigned int)type;
 }
 
-static int given[GIVEN];
+static int given_namespaces[GIVEN_NAMESPACES] = { -1, -1 }, given_faces[GIVEN_FACES] = { -1, -1, -1 };
 
-/* Wait for the spawner: our maps are written, or (all) it has what it was to get for us. */
-static int await_spawner(int channel_fd, bool all)
+/* Wait until the spawner has sent so many messages, in whatever order. */
+static void hear_spawner(int channel_fd, int messages)
 {
-	const bool wanted[GIVEN] = { own(CLONE_NEWCGROUP), own(CLONE_NEWNET), own(CLONE_NEWNS),
-		own(CLONE_NEWNS), own(CLONE_NEWNS) };
-	int fds[GIVEN];
-	size_t count, next = 0;
-	char byte;
+	int fds[SENT_FDS_MAX];
+	size_t count, next;
+	char kind;
 
-	/* When it has died, or failed, there is nothing more to do. */
-	if (receive_with(channel_fd, &byte, 1, fds, GIVEN, &count) != 1)
-		_exit(1);
-	for (size_t i = 0; i < GIVEN; i++)
-		given[i] = all && wanted[i] && next < count ? fds[next++] : -1;
+	while (messages--) {
+		/* When it has died, or failed, there is nothing more to do. */
+		if (receive_with(channel_fd, &kind, 1, fds, N(fds), &count) != 1)
+			_exit(1);
+		next = 0;
+		if (kind == NAMESPACES && own(CLONE_NEWCGROUP) && next < count)
+			given_namespaces[GIVEN_CGROUP_NS] = fds[next++];
+		if (kind == NAMESPACES && own(CLONE_NEWNET) && next < count)
+			given_namespaces[GIVEN_NET_NS] = fds[next++];
+		if (kind == FACE && count == GIVEN_FACES)
+			memcpy(given_faces, fds, sizeof(given_faces));
+	}
+}
+
+/* Wait for the namespaces that are made in the meantime and for the files of the mount. */
+static int take_given(int channel_fd)
+{
+	hear_spawner(channel_fd, (own(CLONE_NEWCGROUP) || own(CLONE_NEWNET)) + own(CLONE_NEWNS));
 	step = STEP_NET;
-	return all && own(CLONE_NEWNET) ? (int)call(setns(given[GIVEN_NET_NS], CLONE_NEWNET)) : 0;
+	return own(CLONE_NEWNET) ?
+		(int)call(setns(given_namespaces[GIVEN_NET_NS], CLONE_NEWNET)) : 0;
 }
 
 static int become_root(void)
@@ -502,8 +514,6 @@ static const char *const device_links[][2] = {
 	{ "/proc/self/fd", "fd" }, { "/proc/self/fd/0", "stdin" }, { "/proc/self/fd/1", "stdout" },
 	{ "/proc/self/fd/2", "stderr" }, { "pts/ptmx", "ptmx" }, { "/proc/kcore", "core" },
 };
-
-#define N(array) (sizeof(array) / sizeof((array)[0]))
 
 /* Mount the tree at a directory of the root; a root that lacks it and cannot be written to goes without. */
 static int attach_in_root(int tree_fd, int top_fd, const char *name)
@@ -649,11 +659,11 @@ static int set_up_face(int dev_fd, int proc_fs_fd, int sys_fd)
 	int result;
 
 	step = STEP_FACE;
-	if ((result = attach(given[GIVEN_FACE], sys_fd, "namespaces")) ||
+	if ((result = attach(given_faces[GIVEN_FACE], sys_fd, "namespaces")) ||
 	    (result = make_file(dev_fd, "kmsg")) ||
-	    (result = attach(given[GIVEN_KMSG], dev_fd, "kmsg")))
+	    (result = attach(given_faces[GIVEN_KMSG], dev_fd, "kmsg")))
 		return result;
-	return attach(given[GIVEN_PROC_KMSG], proc_fs_fd, "kmsg");
+	return attach(given_faces[GIVEN_PROC_KMSG], proc_fs_fd, "kmsg");
 }
 
 static int set_up_binds(int top_fd)
@@ -709,7 +719,8 @@ static int set_up_mounts(int channel_fd)
 	if ((result = attach(top_fd, AT_FDCWD, "/")))
 		return result;
 
-	if ((result = await_spawner(channel_fd, false)) || (result = become_root()))
+	hear_spawner(channel_fd, 1);
+	if ((result = become_root()))
 		return result;
 	private_fd = make_private();
 	if (private_fd < 0)
@@ -731,7 +742,7 @@ static int set_up_mounts(int channel_fd)
 	proc_fs_fd = set_up_proc(dev_fd, top_fd);
 	if (proc_fs_fd < 0)
 		return proc_fs_fd;
-	if ((result = await_spawner(channel_fd, true)))
+	if ((result = take_given(channel_fd)))
 		return result;
 	sys_fd = set_up_sys(dev_fd, private_fd, top_fd);
 	if (sys_fd < 0)
@@ -849,7 +860,7 @@ static int execute_init(int channel_fd)
 	if (dup3(request.listen_fd, INIT_LISTEN_FD, 0) < 0 ||
 	    dup3(request.payload_fd, INIT_PAYLOAD_FD, 0) < 0 ||
 	    dup3(channel_fd, INIT_READY_FD, 0) < 0 ||
-	    (own(CLONE_NEWCGROUP) && dup3(given[GIVEN_CGROUP_NS], INIT_CGROUP_NS_FD, 0) < 0))
+	    (own(CLONE_NEWCGROUP) && dup3(given_namespaces[GIVEN_CGROUP_NS], INIT_CGROUP_NS_FD, 0) < 0))
 		return -errno;
 	/* By descriptor: it is on no mount of this namespace.  All else is close-on-exec. */
 	(void)syscall(SYS_execveat, root_fd, "nsfs-init", argv, environment, 0);
@@ -873,8 +884,10 @@ static int set_up(int channel_fd)
 	if (own(CLONE_NEWNS)) {
 		result = set_up_mounts(channel_fd);
 	} else {
-		if (!(result = await_spawner(channel_fd, false)) && !(result = become_root()))
-			result = await_spawner(channel_fd, true);
+		hear_spawner(channel_fd, 1);
+		result = become_root();
+		if (!result)
+			result = take_given(channel_fd);
 		if (!result && chdir("/"))
 			result = -errno;
 	}
@@ -904,7 +917,7 @@ static int start_aside(int (*work)(void *), void *about, int cgroup_fd, uint64_t
 {
 	int result;
 
-	*left = (struct left){ .value = -EIO, .given = { -1, -1, -1, -1, -1 }, .step = STEP_DIED };
+	*left = (struct left){ .value = -EIO, .step = STEP_DIED };
 	step = STEP_CLONE;
 	result = clone_child(CLONE_FILES | flags, cgroup_fd, NULL);
 	if (!result) {
@@ -1116,7 +1129,9 @@ static int clone_nested(void *about)
 	pid_fd = aside(clone_inside, nested, -1);
 	if (pid_fd < 0 || !(unshared & CLONE_NEWUSER))
 		return pid_fd;
-	result = write_maps(pid_fd);
+	result = pid_of(pid_fd);
+	if (result > 0)
+		result = write_maps(result);
 	if (!result)
 		return pid_fd;
 	end(pid_fd);
@@ -1124,7 +1139,7 @@ static int clone_nested(void *about)
 }
 
 /* Clone the container from where we are: at the top, with a mount namespace of its own; returns a pidfd. */
-static int clone_top(const struct nested *nested)
+static int clone_top(const struct nested *nested, int *pid)
 {
 	const struct spawner_request *head = &request.head;
 	int pid_fd, result;
@@ -1135,12 +1150,12 @@ static int clone_top(const struct nested *nested)
 		return result;
 	setfsgid(0);
 	setfsuid(0);
-	result = clone_container(nested, request.init_cgroup_fd, &pid_fd);
+	*pid = result = clone_container(nested, request.init_cgroup_fd, &pid_fd);
 	if (set_ids(-1, 0, -1, false) || set_ids(-1, 0, -1, true))
 		abort();
 	if (result < 0 || !own(CLONE_NEWUSER))
 		return result < 0 ? result : pid_fd;
-	result = write_maps(pid_fd);
+	result = write_maps(*pid);
 	if (!result)
 		return pid_fd;
 	end(pid_fd);
@@ -1221,84 +1236,92 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 	return 0;
 }
 
+struct making {
+	int pid_fd, channel_fd;
+};
+
 /* In a child that was born in ID/payload: make the namespaces that a container cannot be born with. */
 static int make_namespaces(void *about)
 {
-	const int *pid_fd = about;
+	const struct making *making = about;
 	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP };
-	int fd, result;
+	char kind = NAMESPACES;
+	int fds[GIVEN_NAMESPACES] = { -1, -1 }, fd = -1, result = 0;
 
 	step = STEP_JOIN;
-	if (!in_initial_user_ns && setns(*pid_fd, CLONE_NEWUSER))
+	if (!in_initial_user_ns && setns(making->pid_fd, CLONE_NEWUSER))
 		return -errno;
+	step = STEP_CGROUP;
 	if (own(CLONE_NEWCGROUP)) {
-		step = STEP_CGROUP;
 		/* Its root is the group of whoever makes it. */
 		if (unshare(CLONE_NEWCGROUP))
 			return -errno;
-		left->given[GIVEN_CGROUP_NS] = fd = open_ns(0, "cgroup");
-		if (fd < 0)
-			return fd;
+		fds[GIVEN_CGROUP_NS] = result = open_ns(0, "cgroup");
 	}
-	if (own(CLONE_NEWNET)) {
+	if (own(CLONE_NEWNET) && result >= 0) {
 		step = STEP_NET;
 		/* Whose its files in sysfs are is decided now: so the maps have to be there. */
-		if (unshare(CLONE_NEWNET))
-			return -errno;
-		left->given[GIVEN_NET_NS] = fd = open_ns(0, "net");
-		if (fd < 0)
-			return fd;
-		fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-		if (fd < 0)
-			return -errno;
-		result = (int)call(ioctl(fd, SIOCSIFFLAGS, &lo));
-		close(fd);
-		if (result)
-			return result;
+		result = (int)call(unshare(CLONE_NEWNET));
+		if (!result)
+			fds[GIVEN_NET_NS] = result = open_ns(0, "net");
 	}
-	return 0;
+	if (result >= 0)
+		result = send_with(making->channel_fd, &kind, 1, fds, N(fds));
+	for (size_t i = 0; i < N(fds); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+	/* The container goes on while this is done; the spawner waits for both. */
+	if (own(CLONE_NEWNET) && result >= 0) {
+		fd = (int)call(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+		result = fd < 0 ? fd : (int)call(ioctl(fd, SIOCSIFFLAGS, &lo));
+		if (fd >= 0)
+			close(fd);
+	}
+	return result;
 }
 
-static int open_face(const char *suffix)
+/* The files of the mount; the daemon is asked, so that may take some time. */
+static int send_face(int channel_fd)
 {
-	char path[64];
+	static const char *const suffixes[GIVEN_FACES] = { "", ".kmsg", ".pkmsg" };
+	int fds[GIVEN_FACES] = { -1, -1, -1 }, result = 0;
+	char path[64], kind = FACE;
 
 	step = STEP_FACE;
-	snprintf(path, sizeof(path), "fuse/.f/%u%s", request.head.face, suffix);
-	return clone_tree(root_fd, path);
+	for (size_t i = 0; i < GIVEN_FACES && result >= 0; i++) {
+		snprintf(path, sizeof(path), "fuse/.f/%u%s", request.head.face, suffixes[i]);
+		fds[i] = result = clone_tree(root_fd, path);
+	}
+	/* Should the container be dead its end-of-file tells. */
+	if (result >= 0)
+		(void)send_with(channel_fd, &kind, 1, fds, N(fds));
+	for (size_t i = 0; i < GIVEN_FACES; i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+	return result < 0 ? result : 0;
 }
 
-/* Get the container what takes long (making a network namespace, asking the daemon for its own files), while it
- * is mounting. */
-static int provide(int pid_fd, int channel_fd)
+/* Get the container what takes long, while it is mounting. */
+static int provide(const struct making *making)
 {
-	static const char *const suffixes[] = { "", ".kmsg", ".pkmsg" };
-	int fds[GIVEN] = { -1, -1, -1, -1, -1 }, pid = 0, result = 0, other;
+	int pid = 0, result = 0, other;
 
 	if (own(CLONE_NEWCGROUP) || own(CLONE_NEWNET)) {
-		pid = start_aside(make_namespaces, &pid_fd, request.payload_fd, 0);
+		pid = start_aside(make_namespaces, (void *)making, request.payload_fd, 0);
 		if (pid < 0)
 			return pid;
 	}
-	for (size_t i = 0; i < N(suffixes) && own(CLONE_NEWNS) && result >= 0; i++)
-		fds[GIVEN_FACE + i] = result = open_face(suffixes[i]);
+	if (own(CLONE_NEWNS))
+		result = send_face(making->channel_fd);
 	if (pid) {
 		const uint32_t face_step = step;
 
 		other = end_aside(pid);
-		memcpy(fds, left->given, sizeof(int) * GIVEN_FACE);
-		if (result < 0)
-			step = face_step;
-		else
+		if (!result)
 			result = other;
+		else
+			step = face_step;
 	}
-	if (result >= 0) {
-		(void)send_with(channel_fd, (char[]){ 0 }, 1, fds, GIVEN);
-		result = 0;
-	}
-	for (size_t i = 0; i < GIVEN; i++)
-		if (fds[i] >= 0)
-			close(fds[i]);
 	return result;
 }
 
@@ -1316,6 +1339,8 @@ static int make(struct job *job)
 	const struct spawner_request *head = &request.head;
 	struct nested nested = { .pid_fd = -1 };
 	struct init_result said;
+	struct making making;
+	char kind = MAPPED;
 	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, pid, result = 0;
 
 	if (head->pid) {
@@ -1334,24 +1359,25 @@ static int make(struct job *job)
 	}
 	nested.spawner_end_fd = channel[0];
 	nested.channel_fd = channel[1];
-	if (head->pid || !own(CLONE_NEWNS))
+	if (head->pid || !own(CLONE_NEWNS)) {
 		pid_fd = aside(clone_nested, &nested, request.init_cgroup_fd);
-	else
-		pid_fd = clone_top(&nested);
+		pid = pid_fd < 0 ? pid_fd : pid_of(pid_fd);
+	} else {
+		pid_fd = clone_top(&nested, &pid);
+	}
 	if (pid_fd < 0) {
 		result = pid_fd;
 		goto out;
 	}
-	step = STEP_DIED;
-	result = pid_of(pid_fd);
-	if (result < 0) {
+	if (pid < 0) {
+		step = STEP_DIED;
+		result = pid;
 		end(pid_fd);
 		goto out;
 	}
-	pid = result;
-	/* Should it be dead already the channel's end will tell. */
-	(void)send(channel[0], "", 1, MSG_NOSIGNAL);
-	result = provide(pid_fd, channel[0]);
+	(void)send_with(channel[0], &kind, 1, NULL, 0);
+	making = (struct making){ .pid_fd = pid_fd, .channel_fd = channel[0] };
+	result = provide(&making);
 	if (result) {
 		end(pid_fd);
 		/* If it failed first then that is the reason for this. */
@@ -1826,13 +1852,13 @@ static int keep(int fd, const char *what)
 /* A user namespace that maps no ID of the host. */
 static int make_nobody(void)
 {
-	int fd, pid_fd;
+	int fd, pid, pid_fd;
 
 	request.head.uid_extents = request.head.gid_extents = 1;
 	request.extents[0] = request.extents[1] = (struct map_extent){ NOBODY, NOBODY, 1 };
-	need(clone_mapped(&pid_fd), "clone3 of a user namespace");
-	need(write_maps(pid_fd), "uid_map");
-	fd = open_ns(pid_of(pid_fd), "user");
+	pid = need(clone_mapped(&pid_fd), "clone3 of a user namespace");
+	need(write_maps(pid), "uid_map");
+	fd = open_ns(pid, "user");
 	end(pid_fd);
 	return fd;
 }

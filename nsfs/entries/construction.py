@@ -16,6 +16,7 @@ that.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,6 @@ from nsfs.attribute import (
     parse_words,
     unescape,
 )
-from nsfs.cgroup import V1_FILES
 from nsfs.container import Face
 
 LIMITS = ("cpu.max", "cpu.weight", "memory.max", "pids.max")
@@ -134,13 +134,9 @@ def format_limits(limits: tuple[tuple[str, str], ...]) -> str:
 
 
 def _check_limits(face: Face, limits: tuple[tuple[str, str], ...]) -> None:
-    hierarchies = face.world.hierarchies
     for name, _ in limits:
-        if name.partition(".")[0] in hierarchies.controllers:
-            continue
-        if name not in V1_FILES or V1_FILES[name][0] not in hierarchies.v1:
-            # Raises EOPNOTSUPP, with the reason.
-            face.container.group.file(name)
+        if not face.world.hierarchies.can_limit(name):
+            raise OSError(errno.EOPNOTSUPP, "no controller of this host has it", name)
 
 
 Parse = Callable[[str], Any]

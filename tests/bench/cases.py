@@ -326,8 +326,8 @@ def _memory(instance: Instance) -> dict[str, float]:
     if spawner := instance.spawner():
         pids["spawner"] = spawner
     for name, pid in pids.items():
-        for kind, value in _pss(pid).items():
-            found[f"memory: {name}, {kind.upper()}"] = value
+        for kind, size in _pss(pid).items():
+            found[f"memory: {name}, {kind.upper()}"] = size
     for line in read("/proc/meminfo").splitlines():
         key, _, value = line.partition(":")
         if key in SYSTEM:
