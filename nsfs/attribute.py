@@ -97,17 +97,21 @@ class Watchers:
 
     def __init__(self) -> None:
         self.version = 0
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: dict[object, Callable[[], None]] = {}
 
-    def add(self, notify: Callable[[], None]) -> None:
-        """Call `notify` at the next change."""
-        self._waiting.append(notify)
+    def add(self, key: object, notify: Callable[[], None]) -> None:
+        """Call `notify` at the next change, instead of what the same key had added."""
+        self._waiting[key] = notify
+
+    def drop(self, key: object) -> None:
+        """Nobody waits under that key any more."""
+        self._waiting.pop(key, None)
 
     def tell(self) -> None:
         """Something has changed."""
         self.version += 1
-        waiting, self._waiting = self._waiting, []
-        for notify in waiting:
+        waiting, self._waiting = self._waiting, {}
+        for notify in waiting.values():
             notify()
 
 

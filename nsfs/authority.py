@@ -14,11 +14,11 @@ import stat
 import trio
 
 from nsfs.attribute import Caller
-from nsfs.container import Container, Face
+from nsfs.container import Build, Container, Face
 
 
-async def check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
-    """Whether a caller may make that tree a container's root filesystem; EPERM when not.
+async def check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
+    """Whether whoever named that tree may make it a container's root filesystem; EPERM when not.
 
     Idmapped from uid 0, its files belong on disk to the host's users: a member that is root inside
     could leave a setuid program of the host's root there.  So the host's root may name such a tree
@@ -28,24 +28,25 @@ async def check_rootfs(tree_fd: int, path: str, caller: Caller, container: Conta
     The filesystem that it is on may be slow, broken, somebody's FUSE daemon or our own: a thread
     asks it.
     """
-    await trio.to_thread.run_sync(
-        _check_rootfs, tree_fd, path, caller, container, abandon_on_cancel=True
-    )
+    # The thread may go on when nobody waits for it any more.
+    fd = os.dup(tree_fd)
+    await trio.to_thread.run_sync(_check_rootfs, fd, build, container, abandon_on_cancel=True)
 
 
-def _check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container) -> None:
-    found = os.fstat(tree_fd)
+def _check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
+    path, origin = build.rootfs, build.rootfs_origin
+    try:
+        found = os.fstat(tree_fd)
+    finally:
+        os.close(tree_fd)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "the root filesystem is no directory", path)
     if (os.major(found.st_dev), os.minor(found.st_dev)) == container.world.device_numbers:
         raise OSError(errno.EINVAL, "the tree is nsfs's own", path)
-    if caller.uid != 0:
-        if found.st_uid != caller.uid:
+    if origin.uid != 0:
+        if found.st_uid != origin.uid:
             raise PermissionError(errno.EPERM, "the tree belongs to somebody else", path)
-        return
-    if "user" not in container.build.types:
-        return
-    if not _hidden_from_others(caller.tid, path):
+    elif "user" in build.types and not _hidden_from_others(path):
         raise PermissionError(
             errno.EPERM,
             "others can search every directory above it, and so run setuid programs left there",
@@ -53,13 +54,11 @@ def _check_rootfs(tree_fd: int, path: str, caller: Caller, container: Container)
         )
 
 
-def _hidden_from_others(tid: int, path: str) -> bool:
-    """Whether the tree or a directory above it lets no `other` pass, as that process sees the
-    path."""
-    root = f"/proc/{tid}/root"
-    real = os.path.normpath(path)
+def _hidden_from_others(path: str) -> bool:
+    """Whether the host's tree or a directory above it lets no `other` pass."""
+    real = os.path.realpath(path)
     while True:
-        if not os.stat(root + real).st_mode & stat.S_IXOTH:
+        if not os.stat(real).st_mode & stat.S_IXOTH:
             return True
         if real == "/":
             return False

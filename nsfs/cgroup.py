@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
-V1_CONTROLLERS = ("pids", "memory")
+V1_CONTROLLERS = ("pids", "memory", "cpu")
 """The v1 hierarchies that each container has a group in; a limit of another is refused on such a
 host."""
 
@@ -249,6 +249,18 @@ class Group:
             yield from self._walk(each)
 
     # --- acting ---
+
+    def hurry(self) -> None:
+        """Let its processes, which are to be killed, have all the CPU time that their end takes.
+
+        They die at their own expense: as one group of many, a thousand of them would take long.
+        """
+        for path, value in (
+            (f"{self.path}/cpu.weight", "10000"),
+            (f"{self.v1.get('cpu', '')}/cpu.shares", "262144"),
+        ):
+            with contextlib.suppress(OSError):
+                _write(path, value)
 
     def kill(self, part: str = "") -> None:
         """SIGKILL to every process in it, also those being forked; a group that is gone is dead."""

@@ -14,8 +14,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trio import Event
 
 from nsfs import idmap, namespaces
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
@@ -35,11 +37,26 @@ class Phase(enum.Enum):
     """Where a container is in its life."""
 
     MAKING = "making"
+    """Also, in its record, for as long as it runs: `World.ready` tells of those that are ready."""
     RUNNING = "running"
+    REBUILDING = "rebuilding"
     DEAD = "dead"
     """Its init has ended; the name and the log stay until it is removed."""
     GONE = "gone"
     """Removed from the tree; the last of its processes may still be on their way out."""
+
+
+class Origin(NamedTuple):
+    """Whose word a path is: it is resolved in that viewpoint's mount namespace (by the container's
+    number, 0 the host's) and with that user's rights (the host's IDs), whoever makes the container.
+    """
+
+    viewpoint: int
+    uid: int
+    gid: int
+
+
+HOST_ORIGIN = Origin(0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +70,10 @@ class Build:
 
     unshare: tuple[str, ...] = (*namespaces.SORTED, namespaces.SYSLOG)
     rootfs: str = "host"
+    rootfs_origin: Origin = HOST_ORIGIN
     idmap: str = "auto"
     binds: tuple[tuple[str, str, str], ...] = ()
+    binds_origin: Origin = HOST_ORIGIN
     network: str = "none"
     limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
 
@@ -72,18 +91,21 @@ class Build:
         return cls(
             unshare=tuple(record["unshare"]),
             rootfs=record["rootfs"],
+            rootfs_origin=Origin(*record["rootfs_origin"]),
             idmap=record["idmap"],
             binds=tuple((t, s, m) for t, s, m in record["binds"]),
+            binds_origin=Origin(*record["binds_origin"]),
             network=record["network"],
             limits=tuple((k, v) for k, v in record["limits"]),
         )
 
     def record(self) -> dict[str, Any]:
         """As JSON can have it."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in BUILD_FIELDS}
 
 
-BUILD_FIELDS = tuple(Build.__dataclass_fields__)
+BUILD_FIELDS: tuple[str, ...] = tuple(Build.__dataclass_fields__)
+ORIGINS = ("rootfs_origin", "binds_origin")
 
 
 class Face:
@@ -163,6 +185,12 @@ class Face:
         return "/".join([".."] * steps + down[::-1]) or "."
 
 
+def _set_event() -> Event:
+    event = Event()
+    event.set()
+    return event
+
+
 @dataclass(eq=False, slots=True)
 class Container:
     """One container; the root container, which is the host, has no parent."""
@@ -197,8 +225,8 @@ class Container:
     seen: tuple[int, int, Phase] = (0, 0, Phase.RUNNING)
     """populated, frozen and phase when somebody was last told."""
     dying: bool = False
-    busy: bool = False
-    """It is being rebuilt."""
+    settled: Event = field(default_factory=_set_event)
+    """It is not being rebuilt."""
     pins: list[tuple[int, str]] = field(default_factory=list)
     """(viewpoint's number, path there) of what holds its namespaces open for `nsproxy/`."""
     watches: list[int] = field(default_factory=list)
@@ -257,7 +285,7 @@ class Container:
 
     def alive(self) -> bool:
         """Whether there is an init to work with."""
-        return self.parent is None or self.phase is Phase.RUNNING
+        return self.parent is None or self.phase in (Phase.RUNNING, Phase.REBUILDING)
 
     def check_alive(self) -> None:
         """ENODEV when it is dead."""
@@ -274,7 +302,7 @@ class Container:
 
     def check_idle(self) -> None:
         """EBUSY unless it has no child and no member but the init."""
-        if self.children or self.populated() or self.busy:
+        if self.children or self.populated() or not self.settled.is_set():
             raise OSError(errno.EBUSY, "the container is not idle", self.name)
 
     @property
@@ -322,7 +350,6 @@ class Container:
                 "defaults": self.defaults,
                 "overrides": self.overrides,
                 "phase": self.phase.value,
-                "init": self.init_pid,
                 "map": self.map,
                 "slice": self.slice,
                 "range": self.range,
@@ -357,12 +384,16 @@ class Container:
         for name in ("binds", "limits"):
             if name in defaults:
                 defaults[name] = tuple(tuple(line) for line in defaults[name])
+        for name in ORIGINS:
+            if name in defaults:
+                defaults[name] = Origin(*defaults[name])
         self.build = Build.from_record(record["build"])
         self.uid, self.gid, self.mode = record["owner"]
         self.defaults = defaults
         self.overrides = {int(k): (m, u, g) for k, (m, u, g) in record["overrides"].items()}
         self.phase = Phase(record["phase"])
-        self.init_pid = record["init"]
+        # The kernel knows it best, and the init is alone there.
+        self.init_pid = 1 if self.parent is None else next(iter(self.group.pids("init")), 0)
         self.map = tuple((i, o, n) for i, o, n in record["map"])
         self.slice = record["slice"]
         self.range = record["range"]

@@ -31,6 +31,7 @@ from nsfs.attribute import Entry
 from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT
 from nsfs.fs import Operations
+from nsfs.kernlog import Router
 from nsfs.spawner import FEATURES, Spawner
 from nsfs.store import Store
 from nsfs.takeover import Device
@@ -66,10 +67,17 @@ def arguments() -> argparse.ArgumentParser:
 class Control:
     """The daemon's side of `nsfs umount` and `nsfs status`: one JSON object asked, one answered."""
 
-    def __init__(self, world: World, args: argparse.Namespace, features: frozenset[str]) -> None:
+    def __init__(
+        self,
+        world: World,
+        args: argparse.Namespace,
+        features: frozenset[str],
+        router: Router,
+    ) -> None:
         self.world = world
         self.args = args
         self.features = features
+        self.router = router
         self.end = trio.Event()
 
     @contextlib.contextmanager
@@ -120,6 +128,7 @@ class Control:
                 "v1": sorted(hierarchies.v1),
             },
             "features": {name: name in self.features for name in FEATURES.values()},
+            "kernel_lines": self.router.status(),
         }
 
 
@@ -143,7 +152,8 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         pyfuse3.init(operations, device.path, options)
         # The mount is the supervisor's to take down.
         stack.callback(pyfuse3.close, unmount=False)
-        control = Control(world, args, await spawner.features())
+        router = Router(world)
+        control = Control(world, args, await spawner.features(), router)
         listener = stack.enter_context(control.listening())
         async with trio.open_nursery() as nursery:
             world.nursery = nursery
@@ -151,6 +161,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(_serve, operations)
             nursery.start_soon(_pass_interrupts, operations, device)
             nursery.start_soon(world.watch_events)
+            nursery.start_soon(router.run)
             nursery.start_soon(world.housekeeping)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_wait_for_signal, control.end)

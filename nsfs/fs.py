@@ -49,7 +49,10 @@ invalidated."""
 SIZE = 4096
 """st_size of every file: 0 would read as empty with sendfile(2) and busybox."""
 CHILD_COOKIE = 1 << 40
-"""Where the directory offsets of children begin, past those of all static entries."""
+"""Where the directory offsets of children begin, past those of the static entries."""
+NOBODY = 65534
+LAST_COOKIE = 1 << 62
+"""The directory offset of the entry that is listed last."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -108,6 +111,9 @@ class Value(OpenFile):
         self.snapshot = b""
         self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
         self.version = self.watchers.version if self.watchers else 0
+        if self.entry.store is not None:
+            # Authority is the opener's, also with the next daemon.
+            self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid)
 
     async def _show(self) -> bytes:
         if self.entry.show is None:
@@ -149,10 +155,17 @@ class Value(OpenFile):
         if self.watchers is None:
             return ready
         if notify is not None:
-            self.watchers.add(notify)
+            self.watchers.add(self, notify)
         if self.version != self.watchers.version:
             return ready | select.POLLPRI | select.POLLERR
         return ready
+
+    def release(self) -> None:
+        """Nobody polls it any more."""
+        if self.watchers is not None:
+            self.watchers.drop(self)
+        if self.entry.store is not None:
+            self.face.world.opens.drop(self.token)
 
 
 class Listing:
@@ -206,6 +219,11 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """The session has begun."""
+
+    def replayed(self) -> bool:
+        """Whether an earlier daemon may have carried out the request being dispatched."""
+        again: bool = self.device.current()[3]
+        return again
 
     def interrupt(self, unique: int) -> None:
         """The kernel no longer waits for that request: a signal came for its caller."""
@@ -396,12 +414,15 @@ class Operations(pyfuse3.Operations):
         """What a directory lists: (offset, name, node), in the order of offsets.
 
         Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
-        meanwhile, and whoever the daemon is.
+        meanwhile, and whoever the daemon is.  What comes and goes by itself is listed last.
         """
-        index = 0
         entry = node.entry
+        last: list[tuple[int, str, Node]] = []
         for index, child in enumerate(self.tables.children(node), 1):
-            yield index, child.entry.name, child
+            if isinstance(child.entry, Directory) and child.entry.member is not None:
+                last.append((LAST_COOKIE + index, child.entry.name, child))
+            else:
+                yield index, child.entry.name, child
         if entry is self.tables.root:
             viewpoint = node.face.viewpoint
             for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
@@ -410,6 +431,20 @@ class Operations(pyfuse3.Operations):
         elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
             for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
                 yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
+        yield from last
+
+    def _all_but_removed(self, node: Node) -> bool:
+        """Whether everything beside this directory has been removed by living processes.
+
+        Then this one, which is listed last, is about to be: what comes and goes in it is shown as
+        gone, for nothing is served by removing a thousand processes' names before the processes.
+        """
+        above = self.tables.of(node.face, self.tables.root)
+        marked = self.world.marks.union(above.ino)
+        return bool(marked) and all(
+            each.entry is node.entry or each.entry.name in marked
+            for each in self.tables.children(above)
+        )
 
     @boundary
     async def opendir(self, inode: int, ctx: Any) -> int:
@@ -428,7 +463,8 @@ class Operations(pyfuse3.Operations):
             # Opened with an earlier daemon.
             listing = self.listings[fh] = Listing(self.node(self.device.current()[1]), None)
         if not start_id or not listing.rows:
-            listing.rows = list(self.rows(listing.node))
+            gone = listing.process is not None and self._all_but_removed(listing.node)
+            listing.rows = [] if gone else list(self.rows(listing.node))
             listing.cookies = [row[0] for row in listing.rows]
             if listing.process is not None:
                 for process in [p for p in self.listed if not process_lives(p)]:
@@ -466,13 +502,20 @@ class Operations(pyfuse3.Operations):
             )
         return self.attributes(self.directory(made, parent.face.viewpoint))
 
-    @boundary
+    @waiting
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """FUSE_RMDIR: remove an idle container, or one whose entries have all been removed, with
         all in it."""
+        replayed = self.replayed()
         parent = self.node(parent_inode)
         text = os.fsdecode(name)
-        node = self.find(parent, text, _caller(ctx))
+        try:
+            node = self.find(parent, text, _caller(ctx))
+        except FileNotFoundError:
+            if replayed:
+                # The daemon before this one did it, and did not get to say so.
+                return
+            raise
         if node.entry is not self.tables.root:
             if not isinstance(node.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
@@ -481,6 +524,8 @@ class Operations(pyfuse3.Operations):
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             return
         container = node.face.container
+        # A moment, when it is being rebuilt.
+        await container.settled.wait()
         with container.telling_why("rmdir"):
             check_seen_once(ctx.pid, self.world.device_numbers, node.face.viewpoint.number)
             if self._fully_marked(node):
@@ -528,6 +573,10 @@ class Operations(pyfuse3.Operations):
             raise OSError(errno.EINVAL, "containers cannot change places", os.fsdecode(old))
         source, target = self.node(old_parent), self.node(new_parent)
         old_name, new_name = os.fsdecode(old), os.fsdecode(new)
+        known = source.face.container.children
+        if self.replayed() and old_name not in known and new_name in known:
+            # The daemon before this one did it, and did not get to say so.
+            return
         node = self.find(source, old_name, _caller(ctx))
         if node.entry is not self.tables.root or target.entry is not self.tables.root:
             raise PermissionError(errno.EPERM, "only containers are renamed", old_name)
@@ -545,11 +594,18 @@ class Operations(pyfuse3.Operations):
         source, target = self.node(inode), self.node(new_parent)
         entry = target.entry
         keyed = source.ino & NUMBER_MASK >= KEYED
-        if not isinstance(entry, Directory) or entry.link is None or not keyed:
-            raise PermissionError(errno.EPERM, "only processes are linked", os.fsdecode(new))
         name = os.fsdecode(new)
+        if (
+            not isinstance(entry, Directory)
+            or entry.link is None
+            or not (keyed or name.startswith("nsfs."))
+        ):
+            raise PermissionError(errno.EPERM, "only processes are linked", name)
         await entry.link(target.face, name, source.face, source.key, _caller(ctx))
-        return self.attributes(source)
+        attr = self.attributes(source)
+        # There is no such name: what came of it is in the directory under its own.
+        attr.entry_timeout = 0
+        return attr
 
     @boundary
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
@@ -579,12 +635,12 @@ class Operations(pyfuse3.Operations):
         """FUSE_OPEN."""
         node = self.node(inode)
         token = self._new_token()
-        self.open_files[token] = self._open(node, token, flags, _caller(ctx), False)
+        self.open_files[token] = self._open(node, token, flags, _caller(ctx))
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
             node.entry.truncate(node.face, _caller(ctx))
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
-    def _open(self, node: Node, token: int, flags: int, caller: Caller, reopened: bool) -> OpenFile:
+    def _open(self, node: Node, token: int, flags: int, caller: Caller) -> OpenFile:
         entry = node.entry
         if not isinstance(entry, Attribute):
             raise OSError(errno.EINVAL, "no file", entry.name)
@@ -592,15 +648,25 @@ class Operations(pyfuse3.Operations):
         if access != os.O_RDONLY:
             self._check_writable(node)
         if entry.stream is not None:
-            return entry.stream(node.face, token, flags, reopened)
+            return entry.stream(node.face, token, flags, False)
         # As kernfs_fop_open() has it: what no show or store is for cannot be opened for it, by root
         # neither.
-        if not reopened and (
-            (access != os.O_WRONLY and entry.show is None)
-            or (access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200)
+        if (access != os.O_WRONLY and entry.show is None) or (
+            access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200
         ):
             raise OSError(errno.EINVAL, "not for that", entry.name)
         return Value(node, token, flags, caller)
+
+    def _reopen(self, node: Node, token: int) -> OpenFile:
+        """Make an open file of an earlier daemon again."""
+        entry = node.entry
+        assert isinstance(entry, Attribute)
+        if entry.stream is not None:
+            return entry.stream(node.face, token, 0, True)
+        known = self.world.opens.get(token)
+        # That of a file opened only to be read was not kept: it is nobody's to write.
+        caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
+        return Value(node, token, 0, caller)
 
     def _opened(self, fh: int) -> OpenFile:
         """An open file; one that an earlier daemon opened is made again from the inode of the
@@ -611,7 +677,7 @@ class Operations(pyfuse3.Operations):
                 node = self.node(self.device.current()[1])
             except FileNotFoundError:
                 raise OSError(errno.ENODEV, "the container is gone", str(fh)) from None
-            found = self._open(node, fh, os.O_RDWR, Caller(0, 0, 0), True)
+            found = self._reopen(node, fh)
             self.open_files[fh] = found
         return found
 
@@ -632,7 +698,7 @@ class Operations(pyfuse3.Operations):
         """FUSE_RELEASE."""
         found = self.open_files.pop(fh, None)
         if found is None:
-            self.world.positions.drop(fh)
+            self.world.opens.drop(fh)
         else:
             found.release()
 

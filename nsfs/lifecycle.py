@@ -14,8 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import trio
 
@@ -59,6 +58,7 @@ async def make(
         return existing
     if existing is not None or reserved(name):
         raise OSError(errno.EEXIST, "the name is taken", name)
+    await parent.settled.wait()
     if parent.dying:
         raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
     parent.check_alive()
@@ -71,8 +71,14 @@ async def make(
     try:
         _give_ids(each)
         each.save()
-        _make_groups(each)
-        await _start(each, caller)
+        trees = await _trees(each, each.build)
+        try:
+            _make_groups(each)
+            await _start(each, trees)
+        finally:
+            trees.close()
+        if not world.ready.put(each.number, 1):
+            each.save()
     except BaseException:
         _detach(each)
         _begin_end(each)
@@ -151,22 +157,45 @@ def _listening(path: str) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _start(container: Container, caller: Caller) -> None:
+@dataclass
+class Trees:
+    """What a construction's paths lead to: detached mounts."""
+
+    rootfs_fd: int | None = None
+    binds: list[tuple[str, int, bool]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Let go of them; what was mounted stays."""
+        for fd in (*(fd for _, fd, _ in self.binds), self.rootfs_fd):
+            if fd is not None:
+                os.close(fd)
+
+
+async def _trees(container: Container, build: Build) -> Trees:
+    """Resolve the paths of a construction, as those who named them see them.
+
+    This may take as long as a filesystem that is involved likes, so nothing was done yet.
+    """
+    world, trees = container.world, Trees()
+    try:
+        if build.rootfs != "host":
+            origin = build.rootfs_origin
+            trees.rootfs_fd = await world.tree(origin, build.rootfs)
+            await check_rootfs(trees.rootfs_fd, build, container)
+        for target, source, mode in build.binds:
+            fd = await world.tree(build.binds_origin, source)
+            trees.binds.append((target, fd, mode == "ro"))
+    except BaseException:
+        trees.close()
+        raise
+    return trees
+
+
+async def _start(container: Container, trees: Trees) -> None:
     """Start the init in groups that are there; on success the container runs."""
     world, build, parent = container.world, container.build, container.parent
     assert parent is not None
-    with contextlib.ExitStack() as stack:
-        rootfs_fd = None
-        if build.rootfs != "host":
-            rootfs_fd = await world.spawner.tree(caller.tid, build.rootfs)
-            stack.callback(os.close, rootfs_fd)
-            await check_rootfs(rootfs_fd, build.rootfs, caller, container)
-        binds = []
-        for target, source, mode in build.binds:
-            bind_fd = await world.spawner.tree(caller.tid, source)
-            stack.callback(os.close, bind_fd)
-            binds.append((target, bind_fd, mode == "ro"))
-        listener = stack.enter_context(_listening(world.store.socket_path(container.number)))
+    with _listening(world.store.socket_path(container.number)) as listener:
         pid = await world.spawner.make(
             Recipe(
                 face=container.number,
@@ -180,68 +209,88 @@ async def _start(container: Container, caller: Caller) -> None:
                 root_uid=container.root_uid,
                 cgroup=container.group.path,
                 v1=tuple(container.group.v1.values()),
-                rootfs_fd=rootfs_fd,
+                rootfs_fd=trees.rootfs_fd,
                 idmap_rootfs="user" in build.types,
-                binds=tuple(binds),
+                binds=tuple(trees.binds),
                 listen_fd=listener.fileno(),
             )
         )
     container.init_pid = pid
     container.phase = Phase.RUNNING
-    container.save()
     world.watch(container)
 
 
-async def rebuild(container: Container, build: Build, caller: Caller) -> None:
+async def rebuild(container: Container, build: Build) -> None:
     """Build an idle container anew.  EBUSY when it is not idle; on any error it is as it was.
 
     The old init is gone before the new one starts: they would share the groups.  Should the new one
-    not start, the old construction is started again.
+    not start, the old construction is started again.  From the moment when the old one is killed
+    nothing interrupts this (it takes some milliseconds), but the death of the daemon; the next one
+    then finds in the record what is to be built.
     """
     container.check_alive()
     container.check_idle()
     world, before = container.world, container.build
     before_ids = (container.map, container.range, container.slice)
-
-    def back() -> None:
-        if container.range is not None and container.range != before_ids[1]:
-            world.ranges.give_back(container.range)
-        container.build = before
-        container.map, container.range, container.slice = before_ids
-
-    container.busy = True
+    container.settled = trio.Event()
     try:
-        container.build = build
-        try:
-            _give_ids(container)
-        except OSError:
-            back()
-            raise
-        world.unwatch(container)
-        container.group.kill()
-        await world.depopulated(container)
-        await world.unpin(container)
-        try:
-            _remake_groups(container)
-            await _start(container, caller)
-        except OSError as error:
-            container.group.kill()
-            await world.depopulated(container)
-            back()
-            _remake_groups(container)
-            await _start(container, caller)
-            raise error
+        trees = await _trees(container, build)
+        with trio.CancelScope(shield=True):
+            try:
+                container.build = build
+                _give_ids(container)
+                await _exchange(container, trees)
+            except OSError:
+                if container.range is not None and container.range != before_ids[1]:
+                    world.ranges.give_back(container.range)
+                container.build = before
+                container.map, container.range, container.slice = before_ids
+                if container.phase is Phase.REBUILDING:
+                    trees.close()
+                    trees = await _trees(container, before)
+                    await _exchange(container, trees)
+                raise
+            finally:
+                trees.close()
         if before_ids[1] is not None and before_ids[1] != container.range:
             world.ranges.give_back(before_ids[1])
     finally:
-        container.busy = False
+        container.settled.set()
     world.changed(container)
     world.look_at(container)
 
 
-def _remake_groups(container: Container) -> None:
+async def _exchange(container: Container, trees: Trees) -> None:
+    """Put an init of the construction that the container now has in the place of what it had."""
+    world = container.world
+    container.phase = Phase.REBUILDING
+    container.save()
+    world.unwatch(container)
+    container.group.kill()
+    await world.depopulated(container)
+    await world.unpin(container)
     container.group.remove()
     _make_groups(container)
+    await _start(container, trees)
+    container.save()
+
+
+async def _finish_rebuild(container: Container) -> None:
+    """The daemon died while it rebuilt this one."""
+    try:
+        trees = await _trees(container, container.build)
+        try:
+            await _exchange(container, trees)
+        finally:
+            trees.close()
+    except OSError as error:
+        log.warning("%s could not be built again: %s", container.name, error)
+        container.group.kill()
+        container.phase = Phase.DEAD
+        container.save()
+    finally:
+        container.settled.set()
+    container.world.look_at(container)
 
 
 def rename(parent: Container, old: str, new: str) -> Container:
@@ -301,6 +350,7 @@ def _detach(container: Container) -> None:
 
 def _begin_end(container: Container) -> None:
     """Kill what is in the groups and leave the rest to the background."""
+    container.group.hurry()
     container.group.kill()
     world = container.world
     for each in [*container.descendants(), container]:
@@ -323,11 +373,6 @@ async def finish(container: Container) -> None:
             world.forget(each)
 
 
-def with_changes(build: Build, **changes: Any) -> Build:
-    """A construction with some parts changed."""
-    return replace(build, **changes)
-
-
 async def resume(world: World) -> None:
     """Take up what the last daemon left: finish what was being undone or removed, watch the
     rest."""
@@ -339,3 +384,6 @@ async def resume(world: World) -> None:
         if each.phase is Phase.RUNNING:
             world.watch(each)
             world.look_at(each)
+        elif each.phase is Phase.REBUILDING:
+            each.settled = trio.Event()
+            world.start(_finish_rebuild, each)

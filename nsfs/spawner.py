@@ -48,7 +48,7 @@ _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4
 # enum init_op, enum init_flag, enum init_reply_op
-_EXEC, _WAIT = 1, 2
+_EXEC, _WAIT, _PROVE = 1, 2, 3
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
 _STARTED, _FAILED, _EXITED = 1, 2, 3
 
@@ -540,6 +540,16 @@ class Init:
         if op == _FAILED:
             raise _error(number, step)
         return os.waitstatus_to_exitcode(status)
+
+    async def hand_over(self) -> socket.socket:
+        """A connection to be given to a session program: commands are taken from it only when the
+        kernel vouches for their sender as one who may be the container's root."""
+        with await self._connect() as sock:
+            await sock.sendmsg([_INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)])
+            given = socket.socket(fileno=os.dup(sock.fileno()))
+        # It shares that with ours.
+        given.setblocking(True)
+        return given
 
     async def _connect(self) -> trio.socket.SocketType:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -6,7 +6,9 @@
     c/ID.sock          its init's listening socket
     c/ID.log           its kernel log (see `logring`)
     c/ID.output        what the commands of its `exec` print
-    opens              positions of open log files (see `Positions`)
+    opens              open files: positions in logs, who opened a control file (see `Slots`)
+    ready              the containers that are ready
+    marks              what processes have unlinked, one a line
 
 What is here is written before the kernel is asked to do what it says, so a daemon that dies at any
 instruction leaves nothing that its successor cannot name, finish or undo.  Nothing survives a
@@ -15,6 +17,7 @@ reboot, so nothing is synced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -33,6 +36,7 @@ class Store:
         os.makedirs(os.path.join(directory, "c"), mode=0o700, exist_ok=True)
         self._next = self._reserved = self._read_number("next", 1)
         self._temporary = self._path("tmp")
+        self._marks_fd = -1
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"
@@ -72,6 +76,31 @@ class Store:
         """Append a path to the table of names."""
         with open(self._path("names"), "a", encoding="utf-8") as file:
             file.write(f"{path}\n")
+
+    def marks(self) -> list[tuple[tuple[int, int], int, str]]:
+        """What was unlinked: (process, directory, name); see `tree.Marks`."""
+        found = []
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self._path("marks"), encoding="ascii") as file,
+        ):
+            for line in file:
+                pid, start, directory, name = line.split(" ", 3)
+                found.append(((int(pid), int(start)), int(directory), json.loads(name)))
+        return found
+
+    def add_mark(self, process: tuple[int, int], directory: int, name: str) -> None:
+        """Append to `marks`."""
+        if self._marks_fd < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._marks_fd = os.open(self._path("marks"), flags, 0o600)
+        line = f"{process[0]} {process[1]} {directory} {json.dumps(name)}\n"
+        os.write(self._marks_fd, line.encode())
+
+    def clear_marks(self) -> None:
+        """No mark of a living process is left."""
+        if self._marks_fd >= 0:
+            os.ftruncate(self._marks_fd, 0)
 
     def record_path(self, ident: int) -> str:
         """Where a container's record is."""
@@ -118,60 +147,60 @@ def map_file(path: str, size: int) -> mmap.mmap:
         os.close(fd)
 
 
-class Positions:
-    """Where each open log file is, in shared memory: a slot of three numbers for each.
+class Slots:
+    """Four numbers for each of many keys, in shared memory that the next daemon finds again.
 
-    Written with each read, so it must cost no system call; found again by the open file's token.
-
-    A slot is eight words: the token, which of two copies counts, and the copies.  The words are
-    stored one by one, each by one instruction (struct.pack_into() would clear them first), and
-    what makes the others count is stored last: so a daemon may be killed at any of them.
+    Written often (with each read of a log file), so it must cost no system call.  A slot is ten
+    words: the key, which of two copies counts, and the copies.  The words are stored one by one,
+    each by one instruction (struct.pack_into() would clear them first), and what makes the others
+    count is stored last: so a daemon may be killed at any of them.
     """
 
-    SLOTS = 16384
-    WORDS = 8
+    COUNT = 16384
+    WORDS = 10
 
     def __init__(self, path: str) -> None:
-        self._words = memoryview(map_file(path, self.SLOTS * self.WORDS * 8)).cast("Q")
+        self._words = memoryview(map_file(path, self.COUNT * self.WORDS * 8)).cast("Q")
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
-        # Sparse: the file's holes read as zero, and a token is never zero.
-        for at in range(0, self.SLOTS * self.WORDS, self.WORDS):
-            token = self._words[at]
-            if token:
-                self._slots[token] = at
+        # Sparse: the file's holes read as zero, and a key is never zero.
+        for at in range(0, self.COUNT * self.WORDS, self.WORDS):
+            key = self._words[at]
+            if key:
+                self._slots[key] = at
             else:
                 self._free.append(at)
         self._free.reverse()
 
-    def get(self, token: int) -> tuple[int, int, int] | None:
-        """What was last put for that open file, or None."""
-        at = self._slots.get(token)
+    def get(self, key: int) -> tuple[int, int, int, int] | None:
+        """What was last put for that key, or None."""
+        at = self._slots.get(key)
         if at is None:
             return None
         words = self._words
-        copy = at + 2 + 3 * words[at + 1]
-        return words[copy], words[copy + 1], words[copy + 2]
+        copy = at + 2 + 4 * words[at + 1]
+        return words[copy], words[copy + 1], words[copy + 2], words[copy + 3]
 
-    def put(self, token: int, a: int, b: int, c: int) -> None:
-        """Remember three numbers; with all slots taken the file starts anew after a restart."""
+    def put(self, key: int, a: int, b: int = 0, c: int = 0, d: int = 0) -> bool:
+        """Remember four numbers; False when all slots are taken."""
         words = self._words
-        at = self._slots.get(token)
+        at = self._slots.get(key)
         new = at is None
         if at is None:
             if not self._free:
-                return
-            at = self._slots[token] = self._free.pop()
+                return False
+            at = self._slots[key] = self._free.pop()
         other = 1 - words[at + 1]
-        copy = at + 2 + 3 * other
-        words[copy], words[copy + 1], words[copy + 2] = a, b, c
+        copy = at + 2 + 4 * other
+        words[copy], words[copy + 1], words[copy + 2], words[copy + 3] = a, b, c, d
         words[at + 1] = other
         if new:
-            words[at] = token
+            words[at] = key
+        return True
 
-    def drop(self, token: int) -> None:
-        """The file was closed."""
-        at = self._slots.pop(token, None)
+    def drop(self, key: int) -> None:
+        """The key is no more."""
+        at = self._slots.pop(key, None)
         if at is not None:
             self._words[at] = 0
             self._free.append(at)

@@ -166,17 +166,32 @@ class Marks:
     then an rmdir of it means it.  So two `rm -rf` at once help rather than hinder each other, while
     the leftovers of an `rm C/kmsg` count for nothing a moment later.
 
-    `alive(process)` tells whether a process still is; a process is a PID with its start time, since
-    PIDs are used again.
+    `known` is what an earlier daemon has noted, `record(process, directory, name)` makes a new mark
+    persistent.  `alive(process)` tells whether a process still is; a process is a PID with its
+    start time, since PIDs are used again.
     """
 
-    def __init__(self, alive: Callable[[tuple[int, int]], bool]) -> None:
+    def __init__(
+        self,
+        alive: Callable[[tuple[int, int]], bool],
+        known: Iterable[tuple[tuple[int, int], int, str]] = (),
+        record: Callable[[tuple[int, int], int, str], None] | None = None,
+    ) -> None:
         self._alive = alive
+        self._record: Callable[[tuple[int, int], int, str], None] | None = None
         self._marks: dict[int, dict[tuple[int, int], set[str]]] = {}
+        for process, directory, name in known:
+            self.add(process, directory, name)
+        self._record = record
+        self.sweep()
 
     def add(self, process: tuple[int, int], directory: int, name: str) -> None:
         """`process` has removed `name` in the directory with that inode number."""
-        self._marks.setdefault(directory, {}).setdefault(process, set()).add(name)
+        marked = self._marks.setdefault(directory, {}).setdefault(process, set())
+        if name not in marked:
+            marked.add(name)
+            if self._record:
+                self._record(process, directory, name)
 
     def union(self, directory: int) -> set[str]:
         """The names that living processes have removed there; the dead ones' marks are dropped."""
@@ -195,10 +210,11 @@ class Marks:
         for directory in [d for d in self._marks if d >> FACE_SHIFT == face_number]:
             del self._marks[directory]
 
-    def sweep(self) -> None:
-        """Drop the marks of processes that have ended."""
+    def sweep(self) -> bool:
+        """Drop the marks of processes that have ended; whether none is left."""
         for directory in list(self._marks):
             self.union(directory)
+        return not self._marks
 
 
 def kind_of(entry: Entry) -> str:

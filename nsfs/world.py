@@ -22,11 +22,20 @@ from nsfs import idmap
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
-from nsfs.container import BUILD_FIELDS, ROOT, Build, Container, Face, Phase
+from nsfs.container import (
+    BUILD_FIELDS,
+    ORIGINS,
+    ROOT,
+    Build,
+    Container,
+    Face,
+    Origin,
+    Phase,
+)
 from nsfs.logring import Limit, LogRing
 from nsfs.logstream import Log
 from nsfs.spawner import Init, Spawner
-from nsfs.store import Positions, Store, map_file
+from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
 from nsfs.tree import Marks
 
@@ -51,8 +60,11 @@ class World:
         self.config = config
         self.hierarchies = hierarchies
         self.ranges = idmap.Ranges(config.ids.first, config.ids.last, config.ids.per_container)
-        self.positions = Positions(os.path.join(store.directory, "opens"))
-        self.marks = Marks(process_lives)
+        self.opens = Slots(os.path.join(store.directory, "opens"))
+        """Open files' tokens to what the next daemon needs to go on with them."""
+        self.ready = Slots(os.path.join(store.directory, "ready"))
+        """The containers whose init has said that it is ready."""
+        self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
         self.faces: dict[int, tuple[int, int]] = {}
         """Face's number to (viewpoint's, container's) number."""
@@ -63,6 +75,10 @@ class World:
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
         self.nursery: trio.Nursery | None = None
+        self.started: Callable[[Container], None] = lambda container: None
+        """A container runs."""
+        self.ended: Callable[[Container], None] = lambda container: None
+        """It does not any more."""
         self.device_numbers = (0, 0)
         """Of the mount: major and minor."""
         self.changed: Callable[[Container], None] = lambda container: None
@@ -97,6 +113,7 @@ class World:
     def forget(self, container: Container) -> None:
         """Nothing of the container is left: drop what is known of it."""
         self.store.drop(container.number)
+        self.ready.drop(container.number)
         if container.range is not None:
             self.ranges.give_back(container.range)
         for viewpoint, number in container.faces.items():
@@ -126,6 +143,8 @@ class World:
                 continue
             each = Container.from_record(self, number, parent, record)
             self._register(each)
+            if each.phase is Phase.MAKING and self.ready.get(number):
+                each.phase = Phase.RUNNING
             if each.phase in (Phase.MAKING, Phase.GONE) or parent.phase is Phase.GONE:
                 each.phase = Phase.GONE
                 doomed.append(each)
@@ -176,6 +195,9 @@ class World:
         path = self.store.log_path(container.number, "log")
         settings = self.config.log
         limit = None if settings.rate is None else Limit(settings.rate, settings.burst or 0)
+        if container.parent is None:
+            # What is in the host's log already.
+            limit = None
         return Log(LogRing(map_file(path, settings.bytes), limit=limit))
 
     def open_output(self, container: Container) -> ByteLog:
@@ -184,6 +206,16 @@ class World:
         return ByteLog(memoryview(map_file(path, OUTPUT_BYTES)))
 
     # --- the spawner ---
+
+    async def tree(self, origin: Origin, path: str) -> int:
+        """A detached clone of the tree at a path, as its origin sees it; a new descriptor."""
+        pid = 0
+        if origin.viewpoint != ROOT:
+            viewpoint = self.containers.get(origin.viewpoint)
+            if viewpoint is None or not viewpoint.alive():
+                raise FileNotFoundError(errno.ENOENT, "whose path it is is gone", path)
+            pid = viewpoint.init_pid
+        return await self.spawner.tree(pid, path)
 
     async def execute(
         self, container: Container, words: Sequence[str], environment: Sequence[str]
@@ -241,6 +273,7 @@ class World:
                 watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
                 container.watches.append(watch)
                 self._watched[watch] = functools.partial(self.look_at, container)
+        self.started(container)
 
     def unwatch(self, container: Container) -> None:
         """The inverse."""
@@ -248,6 +281,7 @@ class World:
             self.inotify.remove(watch)
             self._watched.pop(watch, None)
         container.watches.clear()
+        self.ended(container)
 
     async def watch_events(self) -> None:
         """Pass on what the groups' events say; for ever."""
@@ -280,19 +314,21 @@ class World:
         records say so; for ever."""
         while True:
             await trio.sleep(HOUSEKEEPING_S)
-            self.marks.sweep()
+            if self.marks.sweep():
+                self.store.clear_marks()
             for each in self.containers.values():
                 if each.own_log is not None:
                     each.own_log.report_suppressed()
 
     def look_at(self, container: Container) -> None:
         """See what has become of a container and tell who waits, if anything has."""
-        if container.busy or container.phase is Phase.GONE:
+        if not container.settled.is_set() or container.phase is Phase.GONE:
             return
         whole, members = container.group.events(), container.group.events("payload")
         if container.phase is Phase.RUNNING and not container.group.events("init")["populated"]:
             container.phase = Phase.DEAD
             container.init_pid = 0
+            self.ready.drop(container.number)
             container.save()
             log.info("the init of %s has ended", container.name)
         seen = (members["populated"], whole["frozen"], container.phase)
@@ -318,7 +354,7 @@ def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
 
     A limit that this host has no controller for is left out: nobody asked for just that one.
     """
-    chosen = {name: getattr(config.defaults, name) for name in BUILD_FIELDS}
+    chosen = {name: getattr(config.defaults, name) for name in BUILD_FIELDS if name not in ORIGINS}
     chosen["unshare"] = tuple(sorted(chosen["unshare"]))
     chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.can_limit(x[0]))
     return chosen

@@ -16,6 +16,7 @@ that.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from nsfs.attribute import (
     parse_words,
     unescape,
 )
-from nsfs.container import Face
+from nsfs.container import ORIGINS, Face, Origin
 
 LIMITS = ("cpu.max", "cpu.weight", "memory.max", "pids.max")
 
@@ -152,6 +153,13 @@ PARTS: dict[str, tuple[Parse, Format]] = {
 }
 
 
+def _origin(name: str, face: Face, caller: Caller) -> dict[str, Origin]:
+    """Whose word the paths of a part are, where it has any."""
+    if f"{name}_origin" not in ORIGINS:
+        return {}
+    return {f"{name}_origin": Origin(face.viewpoint.number, caller.uid, caller.gid)}
+
+
 def _own(name: str) -> Attribute:
     parse, form = PARTS[name]
 
@@ -160,9 +168,10 @@ def _own(name: str) -> Attribute:
 
     async def store(face: Face, value: str, caller: Caller) -> None:
         container = face.container
-        changed = lifecycle.with_changes(container.build, **{name: parse(value)})
+        changes = {name: parse(value), **_origin(name, face, caller)}
+        changed = dataclasses.replace(container.build, **changes)
         if changed != container.build:
-            await lifecycle.rebuild(container, changed, caller)
+            await lifecycle.rebuild(container, changed)
 
     return Attribute(name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS)
 
@@ -178,11 +187,12 @@ def _default(name: str) -> Attribute:
         container.check_alive()
         if not value.strip() and name not in ("binds", "unshare", "limits"):
             container.defaults.pop(name, None)
+            container.defaults.pop(f"{name}_origin", None)
         else:
             parsed = parse(value)
             if name == "limits":
                 _check_limits(face, parsed)
-            container.defaults[name] = parsed
+            container.defaults.update({name: parsed, **_origin(name, face, caller)})
         container.save()
 
     return Attribute(name, show=show, store=store)

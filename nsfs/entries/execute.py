@@ -54,7 +54,7 @@ class OutputFile(OpenFile):
 
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)
-        known = face.world.positions.get(token) if reopened else None
+        known = face.world.opens.get(token) if reopened else None
         self.base = known[0] if known else face.container.output.start
 
     async def read(self, offset: int, size: int, request: int) -> bytes:
@@ -64,7 +64,7 @@ class OutputFile(OpenFile):
         position, data = self.face.container.output.read(self.base + offset, size)
         if position - offset != self.base or not offset:
             self.base = position - offset
-            self.face.world.positions.put(self.token, self.base, 0, 0)
+            self.face.world.opens.put(self.token, self.base)
         return data
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
@@ -74,7 +74,7 @@ class OutputFile(OpenFile):
 
     def release(self) -> None:
         """Forget the position."""
-        self.face.world.positions.drop(self.token)
+        self.face.world.opens.drop(self.token)
 
 
 def output_mtime(face: Face) -> int:

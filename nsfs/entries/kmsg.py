@@ -6,6 +6,9 @@ poll(2) says when there is more.  Inside, the same ring is /dev/kmsg, as
 Documentation/ABI/testing/dev-kmsg has it, and /proc/kmsg (proc_kmsg(5)).
 
 A container that shares its parent's log (`unshare` without `syslog`) shows that one.
+
+At the root it is the host's log without the lines that were attributed to containers; what is
+written goes to the host's /dev/kmsg.
 """
 
 from __future__ import annotations
@@ -30,15 +33,22 @@ class _LogFile(OpenFile):
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)
         self.log = face.container.log
-        self.known = face.world.positions.get(token) if reopened else None
-        self.nonblock = bool(flags & os.O_NONBLOCK)
+        known = face.world.opens.get(token) if reopened else None
+        self.known = known[:3] if known else None
+        if known:
+            self.flags = known[3]
+        elif flags & os.O_NONBLOCK:
+            self.keep(self.log.ring.first_seq, 0, 0)
+        self.nonblock = bool(self.flags & os.O_NONBLOCK)
 
     def keep(self, *state: int) -> None:
         """Put the position where the next daemon finds it."""
-        self.face.world.positions.put(self.token, *state)
+        self.face.world.opens.put(self.token, *state, self.flags)
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """Append a record."""
+        if self.face.container.parent is None:
+            return _write_host(data)
         taken = self.log.write(data, request)
         self.face.container.log_changed_ns = time.time_ns()
         return taken
@@ -51,7 +61,7 @@ class _LogFile(OpenFile):
     def release(self) -> None:
         """Forget the position."""
         self.reader.close()
-        self.face.world.positions.drop(self.token)
+        self.face.world.opens.drop(self.token)
 
 
 class TextFile(_LogFile):
@@ -97,6 +107,14 @@ class ProcFile(_LogFile):
         raise OSError(errno.EIO, "cannot be written", "kmsg")
 
 
+def _write_host(data: bytes) -> int:
+    fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        return os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
 def kmsg_truncate(face: Face, caller: Caller) -> None:
     """Clear: what is there now is no longer shown by `kmsg` and dmesg(1)."""
     face.container.log.ring.clear()
@@ -117,7 +135,6 @@ FILES = (
         truncate=kmsg_truncate,
         mode=0o640,
         mtime=kmsg_mtime,
-        flags=NOT_ON_ROOT,
     ),
     Attribute("nsfs.dev", stream=DeviceFile, bound="kmsg", mode=0o644, flags=BOUND_ONLY),
     Attribute("nsfs.proc", stream=ProcFile, bound="pkmsg", mode=0o400, flags=BOUND_ONLY),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nsfs import members
+from nsfs import entry, members
 from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
 from nsfs.world import process_of
@@ -42,4 +42,13 @@ def procs_find(face: Face, name: str, caller: Caller) -> int:
 
 PROCESS = Attribute("PID", show=process_show, mode=0o644)
 
-FILES = (Directory("procs", names=procs_names, find=procs_find, member=PROCESS, mode=0o755),)
+FILES = (
+    Directory(
+        "procs",
+        names=procs_names,
+        find=procs_find,
+        member=PROCESS,
+        link=entry.link,
+        mode=0o755,
+    ),
+)

@@ -96,6 +96,8 @@ bytes = 1m
 rate = max
 burst = 10
 firewall_log = off
+firewall_rate = max
+kernel_lines = context
 [discovery]
 enabled = off
 interval_s = 0.5
@@ -119,7 +121,14 @@ containers_per_user = max
                 ("pids.max", "max"),
             ),
         },
-        "log": {"bytes": 2**20, "rate": None, "burst": 10, "firewall_log": False},
+        "log": {
+            "bytes": 2**20,
+            "rate": None,
+            "burst": 10,
+            "firewall_log": False,
+            "firewall_rate": None,
+            "kernel_lines": "context",
+        },
         "discovery": {"enabled": False, "interval_s": 0.5},
         "limits": {"containers_per_user": None},
     }

@@ -127,7 +127,8 @@ async def test_the_root_is_inode_1(ops: Operations) -> None:
 
 async def test_a_container_has_what_its_listing_says(ops: Operations) -> None:
     web = await mkdir(ops, 1, "web")
-    assert names(ops, 1)[-1] == "web"
+    assert "web" in names(ops, 1)
+    assert names(ops, 1)[-1] == "procs"
     for name in names(ops, web):
         found = await ops.lookup(web, name.encode(), CTX)
         assert (await ops.getattr(found.st_ino, CTX)).st_ino == found.st_ino
@@ -168,7 +169,7 @@ async def test_rmdir_removes_when_everything_was_unlinked(ops: Operations) -> No
     await mkdir(ops, web, "db")
     await fails(errno.ENOTEMPTY, ops.rmdir, 1, b"web", CTX)
     await remove_all(ops, web)
-    assert names(ops, web)[-1] == "db"
+    assert "db" in names(ops, web)
     # Whoever makes containers inside meanwhile is late.
     await fails(errno.ENOENT, ops.mkdir, web, b"late", 0o755, CTX)
     await ops.rmdir(1, b"web", CTX)
