@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -29,6 +31,31 @@ def compile_c(source: Path, target: Path, *flags: str, libraries: tuple[str, ...
     if subprocess.run(command).returncode:
         raise CompileError(f"{source} was not compiled")
     new.replace(target)
+
+
+def compile_marker(source: Path, libexec: Path) -> None:
+    """Compile nsfs-marker, with libbpf and the BPF program where libbpf and clang are found.
+
+    Without them kernel lines are attributed by context only; nothing else is missing.
+    """
+    program, bpf = source / "marker.c", libexec / "mark.bpf.o"
+    libraries = ("-lbpf", "-lelf", "-lz")
+    clang = shutil.which(os.environ.get("CLANG", "clang"))
+    try:
+        if clang is None:
+            raise CompileError("clang is not there")
+        compile_c(
+            program, libexec / "nsfs-marker", "-DNSFS_LIBBPF", "-static", "-s", libraries=libraries
+        )
+        new = bpf.with_name(bpf.name + ".new")
+        flags = ["-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-target", "bpf"]
+        if subprocess.run([clang, *flags, "-c", "-o", new, source / "mark.bpf.c"]).returncode:
+            raise CompileError("mark.bpf.c was not compiled")
+        new.replace(bpf)
+    except CompileError as error:
+        print(f"kernel lines will be attributed by context only: {error}", file=sys.stderr)
+        bpf.unlink(missing_ok=True)
+        compile_c(program, libexec / "nsfs-marker", "-static", "-s")
 
 
 def build_pages() -> None:
@@ -64,6 +91,7 @@ class build_all(build_ext):
         source, libexec = Path("nsfs/csrc"), top / "nsfs/libexec"
         for name in PROGRAMS:
             compile_c(source / f"{name}.c", libexec / f"nsfs-{name}", "-static", "-s")
+        compile_marker(source, libexec)
         compile_c(
             source / "interposer.c",
             libexec / "nsfs-interposer.so",

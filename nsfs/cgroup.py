@@ -19,9 +19,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from signal import SIGKILL, Signals, pidfd_send_signal
+
+import trio
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
 V1_CONTROLLERS = ("pids", "memory", "cpu")
@@ -41,6 +43,8 @@ V1_FILES = {
     "memory.current": ("memory", "memory.usage_in_bytes"),
     "memory.peak": ("memory", "memory.max_usage_in_bytes"),
 }
+SIGNAL_ROUNDS = 100
+"""How often, each 2 ms, to look whether all members are suspended, or gone."""
 V1_NO_LIMIT = 0x7FFFFFFFFFFFF000
 """What v1's memory.limit_in_bytes reads when there is no limit (PAGE_COUNTER_MAX in bytes)."""
 
@@ -271,27 +275,49 @@ class Group:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
 
-    def signal(self, number: signal.Signals) -> None:
-        """A signal to every member, also to those forked while it is sent."""
-        done: set[int] = set()
-        while True:
-            fresh = [pid for pid in self.pids() if pid not in done]
-            if not fresh:
-                return
-            for pid in fresh:
-                done.add(pid)
-                # The PID may be another process's by now: check membership with the process held.
-                try:
-                    fd = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    continue
-                try:
-                    if membership(pid).startswith(f"/{self.relative}/payload"):
-                        signal.pidfd_send_signal(fd, number)
-                except ProcessLookupError:
-                    continue
-                finally:
-                    os.close(fd)
+    async def signal(self, number: Signals) -> None:
+        """A signal to every member, also to those that are just being forked.
+
+        They are suspended meanwhile, so none forks away.  Not cgroup.kill for SIGKILL: a group that
+        was once killed by it cannot be cloned into any more from a group that was not (what
+        CLONE_INTO_CGROUP makes there is killed; seen on Linux 6.18), and the members are born so.
+        """
+        path = f"{self.payload}/cgroup.freeze"
+        try:
+            _write(path, "1")
+            for _ in range(SIGNAL_ROUNDS):
+                done = self.events("payload")["frozen"] or not self.events("payload")["populated"]
+                if number == SIGKILL or done:
+                    self._signal_all(number)
+                if not self.events("payload")["populated"] or (done and number != SIGKILL):
+                    return
+                await trio.sleep(0.002)
+            # A member that cannot be suspended waits in the kernel; it gets the signal as well.
+            self._signal_all(number)
+        except FileNotFoundError:
+            return
+        finally:
+            self.thaw_payload()
+
+    def thaw_payload(self) -> None:
+        """End what `signal` began."""
+        with contextlib.suppress(FileNotFoundError):
+            _write(f"{self.payload}/cgroup.freeze", "0")
+
+    def _signal_all(self, number: Signals) -> None:
+        for pid in self.pids():
+            # The PID may be another process's by now: check membership with the process held.
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                if membership(pid).startswith(f"/{self.relative}/payload"):
+                    pidfd_send_signal(fd, number)
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(fd)
 
     def freeze(self, on: bool) -> None:
         """Suspend or resume all of it, descendants included."""

@@ -202,6 +202,14 @@ async def _start(container: Container, trees: Trees) -> None:
                 hostname=overflow_hostname(container.name),
                 unshare=build.types,
                 parent_pid=None if parent.parent is None else parent.init_pid,
+                root_pid=next(
+                    (
+                        c.init_pid
+                        for c in parent.lineage()
+                        if c.own("mnt") and c.build.rootfs != "host"
+                    ),
+                    None,
+                ),
                 owner_uid=container.uid,
                 owner_gid=container.gid,
                 uid_map=_map_in_parent(container) if "user" in build.types else (),
@@ -382,6 +390,7 @@ async def resume(world: World) -> None:
         world.start(finish, each)
     for each in kept:
         if each.phase is Phase.RUNNING:
+            each.group.thaw_payload()
             world.watch(each)
             world.look_at(each)
         elif each.phase is Phase.REBUILDING:

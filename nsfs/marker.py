@@ -97,6 +97,7 @@ class Marker:
         self._socket = trio.socket.from_stdlib_socket(ours)
         self._lock = trio.Lock()
         self._rest = b""
+        self._early: list[tuple[int, bytes]] = []
 
     @classmethod
     async def start(cls, best: Tier, instance: str, libexec: Path = LIBEXEC) -> Marker:
@@ -106,7 +107,10 @@ class Marker:
                 continue
             marker = cls(tier, instance, libexec)
             with trio.move_on_after(READY_S):
-                if any(kind == Frame.READY for kind, _ in await marker.frames()):
+                frames = await marker.frames()
+                if frames:
+                    # The first one is Frame.READY.
+                    marker._early = frames[1:]
                     return marker
             log.info("kernel lines: not in the tier %s here", tier.name.lower())
             await marker.aclose()
@@ -127,6 +131,9 @@ class Marker:
 
     async def frames(self) -> list[tuple[int, bytes]]:
         """What has come, at least one frame; empty when the process has ended."""
+        if self._early:
+            early, self._early = self._early, []
+            return early
         while True:
             await trio.lowlevel.wait_readable(self._pipe_fd)
             try:

@@ -124,6 +124,9 @@ class Recipe:
     """Where the init listens: a SOCK_SEQPACKET socket."""
     filter: bool = True
     """Whether the system-call denylist is installed."""
+    root_pid: int | None = None
+    """Whose root filesystem is shown where there is no rootfs_fd: the host's PID of the init of the
+    nearest container above that was given one; None for the parent's or the host's."""
 
 
 class _Waiter:
@@ -357,6 +360,7 @@ class Spawner:
                 unshare=sum(CLONE_NEW[name] for name in recipe.unshare),
                 face=recipe.face,
                 pid=recipe.parent_pid or 0,
+                target_pid=recipe.root_pid or 0,
                 owner=_owner(recipe),
                 maps=(recipe.uid_map, recipe.gid_map) if "user" in recipe.unshare else ((), ()),
                 v1_groups=len(recipe.v1),

@@ -122,11 +122,13 @@ static bool has_char(const char *string, char wanted)
 
 /* --- state --- */
 
-#define CONNECTIONS_MAX 128	/* further ones wait in the backlog */
-#define COMMANDS_MAX 256	/* whose status is remembered; the oldest that ended is forgotten first */
+#define CONNECTIONS_MAX 512	/* further ones wait in the backlog; each session holds one */
+#define COMMANDS_MAX 512	/* whose status is remembered; the oldest that ended is forgotten first */
 
 struct connection {
 	int fd;
+	bool unproven;		/* commands only from who may be the container's root */
+	bool hangup;		/* its end is the command's end of session */
 	uint64_t token;		/* 0: has not said anything yet; else waits for that command */
 };
 
@@ -271,14 +273,104 @@ static long place_fds(int *connection_fd, const int *fds, size_t fd_count)
 	return result < 0 ? result : CALL(close_range, 64, ~0U, CLOSE_RANGE_CLOEXEC);
 }
 
+/* Move a descriptor out of the way of 0, 1 and 2; passes errors on. */
+static long raise_fd(long fd)
+{
+	const long high = fd < 0 ? fd : CALL(fcntl, fd, F_DUPFD_CLOEXEC, 64);
+
+	if (fd >= 0)
+		CALL(close, fd);
+	return high;
+}
+
+/* A pipe; the end that the command has is number `fd`, the other is returned. */
+static long open_pipe(int fd)
+{
+	int ends[2];
+	const long result = CALL(pipe2, ends, O_CLOEXEC);
+	long inner, outer;
+
+	if (result < 0)
+		return result;
+	inner = raise_fd(ends[fd ? 1 : 0]);
+	outer = raise_fd(ends[fd ? 0 : 1]);
+	if (inner < 0 || outer < 0)
+		return inner < 0 ? inner : outer;
+	return CALL(dup3, inner, fd, 0) < 0 ? -EBADF : outer;
+}
+
+/* A terminal of the container's own as 0, 1 and 2; returns its other end. */
+static long open_terminal(const struct init_terminal *terminal)
+{
+	const long master = raise_fd(CALL(openat, AT_FDCWD, "/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC));
+	const int unlocked = 0;
+	long slave, result;
+	int fd;
+
+	if (master < 0)
+		return master;
+	if ((result = CALL(ioctl, master, TIOCSPTLCK, &unlocked)))
+		return result;
+	/* Not by a path: whatever is in /dev/pts is the members' doing. */
+	slave = raise_fd(CALL(ioctl, master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC));
+	if (slave < 0)
+		return slave;
+	if (terminal->termios[0] | terminal->termios[4] | terminal->termios[12])
+		(void)CALL(ioctl, slave, TCSETS, terminal->termios);
+	(void)CALL(ioctl, slave, TIOCSWINSZ, terminal->size);
+	for (fd = 0; fd < 3; fd++)
+		if (CALL(dup3, slave, fd, 0) < 0)
+			return -EBADF;
+	return (result = CALL(ioctl, 0, TIOCSCTTY, 0)) ? result : master;
+}
+
+/* Make 0, 1 and 2 here, so that nothing of outside gets in, and send the other ends out. */
+static long open_stdio(int connection_fd, uint32_t flags, const struct init_terminal *terminal)
+{
+	struct init_reply opened = { .op = INIT_OPENED };
+	union {
+		char buffer[CMSG_SPACE(sizeof(int) * 3)];
+		struct cmsghdr align;
+	} control;
+	struct iovec iov = { .iov_base = &opened, .iov_len = sizeof(opened) };
+	struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buffer };
+	int outer[3];
+	unsigned int count = 0;
+	long result = -EINVAL;
+
+	if (flags & INIT_OPEN_TERMINAL) {
+		result = open_terminal(terminal);
+		outer[count++] = (int)result;
+		if (result >= 0 && flags & INIT_OPEN_ERROR) {
+			result = open_pipe(2);
+			outer[count++] = (int)result;
+		}
+	} else {
+		for (int fd = 0; fd < 3 && (!fd || result >= 0); fd++) {
+			result = open_pipe(fd);
+			outer[count++] = (int)result;
+		}
+	}
+	if (result < 0)
+		return result;
+	header.msg_controllen = CMSG_SPACE(sizeof(int) * count);
+	memset(control.buffer, 0, sizeof(control.buffer));
+	control.align = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+		.cmsg_len = CMSG_LEN(sizeof(int) * count) };
+	memcpy(CMSG_DATA(&control.align), outer, sizeof(int) * count);
+	result = CALL(sendmsg, connection_fd, &header, MSG_NOSIGNAL);
+	return result < 0 ? result : 0;
+}
+
 __attribute__((noreturn))
 static void command(int connection_fd)
 {
 	const struct init_reply started = { .op = INIT_STARTED };
 	const uint64_t no_signals = 0;
-	struct init_request request;
+	struct init_request request = { .op = 0 };
 	int fds[INIT_FDS_MAX];
 	uint32_t groups[INIT_GROUPS_MAX];
+	struct init_terminal terminal = { .size = { 0 } };
 	size_t length, fd_count, i, at;
 	char *directory, **argv, **environment;
 	long result;
@@ -292,6 +384,14 @@ static void command(int connection_fd)
 		fail(connection_fd, STEP_REQUEST, -EINVAL);
 	memcpy(groups, message + at, request.groups * sizeof(*groups));
 	at += request.groups * sizeof(*groups);
+	if (request.flags & INIT_OPEN_TERMINAL) {
+		if (length - at < sizeof(terminal))
+			fail(connection_fd, STEP_REQUEST, -EINVAL);
+		memcpy(&terminal, message + at, sizeof(terminal));
+		at += sizeof(terminal);
+	}
+	if (request.flags & (INIT_OPEN_TERMINAL | INIT_OPEN_PIPES))
+		fd_count = 0;
 	message[length] = '\0';
 	directory = message + at;
 	/* words[]: argv, NULL, environment, NULL */
@@ -324,11 +424,20 @@ static void command(int connection_fd)
 		fail(connection_fd, STEP_IDENTITY, result);
 	/* A change of credentials sets this to fs.suid_dumpable, which may be 1. */
 	(void)CALL(prctl, PR_SET_DUMPABLE, 0);
+	/* Not before: what is made here belongs to the command's user. */
+	if (request.flags & (INIT_OPEN_TERMINAL | INIT_OPEN_PIPES) &&
+	    (result = open_stdio(connection_fd, request.flags, &terminal)))
+		fail(connection_fd, STEP_TERMINAL, result);
 	result = CALL(chdir, directory);
 	if (result)
 		fail(connection_fd, STEP_DIRECTORY, result);
 	(void)CALL(rt_sigprocmask, SIG_SETMASK, &no_signals, NULL, sizeof(no_signals));
-	fail(connection_fd, STEP_EXEC, execute(argv, environment));
+	result = execute(argv, environment);
+	if (request.flags & INIT_SHELL && (result == -ENOENT || result == -EACCES || result == -ENOTDIR)) {
+		argv[0] = (char *)"/bin/sh";
+		result = execute(argv, environment);
+	}
+	fail(connection_fd, STEP_EXEC, result);
 }
 
 /* --- in the init --- */
@@ -425,29 +534,85 @@ static void start(size_t index, const struct init_request *request)
 	forget(index);
 }
 
+/* Look at the next request; returns its length or -errno.  `root`: the sender may be the container's root. */
+static long peek(int fd, struct init_request *request, bool *root)
+{
+	union {
+		char buffer[CMSG_SPACE(sizeof(struct ucred))];
+		struct cmsghdr align;
+	} control;
+	struct iovec iov = { .iov_base = request, .iov_len = sizeof(*request) };
+	struct msghdr header = {
+		.msg_iov = &iov, .msg_iovlen = 1,
+		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
+	};
+	const long length = CALL(recvmsg, fd, &header, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	struct ucred sender;
+
+	*root = false;
+	if (length > 0 && header.msg_controllen >= CMSG_LEN(sizeof(sender)) &&
+	    control.align.cmsg_level == SOL_SOCKET && control.align.cmsg_type == SCM_CREDENTIALS) {
+		memcpy(&sender, CMSG_DATA(&control.align), sizeof(sender));
+		*root = !sender.uid && !sender.gid;
+	}
+	return length;
+}
+
+/* A signal for a command somebody waits for; 0: the connection has ended. */
+static void pass_signal(const struct connection *from, int number, bool group)
+{
+	const struct command *to = find(from->token);
+
+	if (!to || !to->pid)
+		return;
+	if (number) {
+		(void)CALL(kill, group ? -to->pid : to->pid, number);
+	} else if (from->hangup) {
+		(void)CALL(kill, -to->pid, SIGHUP);
+		(void)CALL(kill, -to->pid, SIGCONT);
+	}
+}
+
 static void hear(size_t index)
 {
 	struct connection *each = &connections[index];
 	struct init_request request;
+	bool root;
 	long length;
 
 	/* Only looked at: what follows is received by the child, together with the descriptors. */
-	length = CALL(recvfrom, each->fd, &request, sizeof(request), MSG_PEEK | MSG_DONTWAIT, NULL);
+	length = peek(each->fd, &request, &root);
 	if (length == -EAGAIN)
 		return;
-	if (length == sizeof(request) && !each->token && request.op == INIT_EXEC) {
+	if (length == sizeof(request) && !each->token && request.op == INIT_EXEC && (root || !each->unproven)) {
 		start(index, &request);
+	} else if (length == sizeof(request) && !each->token && request.op == INIT_EXEC) {
+		reply_and_close(index, (struct init_reply){
+			.op = INIT_FAILED, .step = STEP_IDENTITY, .error = -EPERM });
+	} else if (length == sizeof(request) && !each->token && request.op == INIT_PROVE) {
+		const int on = 1;
+
+		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
+		each->unproven = true;
+		(void)CALL(setsockopt, each->fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on));
+	} else if (length == sizeof(request) && each->token && request.op == INIT_SIGNAL) {
+		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
+		if (request.token > 0 && request.token <= 64)
+			pass_signal(each, (int)request.token, request.flags & INIT_GROUP);
 	} else if (length == sizeof(request) && !each->token && request.op == INIT_WAIT && request.token) {
 		struct command *asked = find(request.token);
 
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
 		each->token = request.token;
+		each->hangup = request.flags & INIT_HANGUP;
 		if (!asked)
 			reply_and_close(index, (struct init_reply){
 				.op = INIT_FAILED, .step = STEP_PROCESS, .error = -ESRCH });
 		else if (!asked->pid)
 			tell(asked);
 	} else {
+		if (each->token)
+			pass_signal(each, 0, true);
 		forget(index);
 	}
 }

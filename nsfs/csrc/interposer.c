@@ -223,15 +223,19 @@ static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool rep
 
 /*
  * Without FUSE_MAX_PAGES libfuse allocates 132 KiB for each request instead of a megabyte, and the
- * kernel sends 128 KiB at most.
+ * kernel sends 128 KiB at most.  Without the other two every read is a synchronous one: those that
+ * somebody submits by io_submit(2) or by a mapping would be background requests, which no signal
+ * interrupts, so that one which waits for a record would keep a killed process, and a dozen would keep
+ * every release(2) of the mount.
  */
 static ssize_t hand_over_init(void *buffer, size_t size)
 {
+	const uint32_t refused = FUSE_MAX_PAGES | FUSE_ASYNC_READ | FUSE_ASYNC_DIO;
 	struct fuse_in_header *in = (void *)head->init;
 	ssize_t bytes = hand_over(in, head->init_bytes, head->takeover, buffer, size);
 
 	if (bytes >= (ssize_t)(sizeof(*in) + offsetof(struct fuse_init_in, flags2)))
-		((struct fuse_init_in *)((uint8_t *)buffer + sizeof(*in)))->flags &= ~(uint32_t)FUSE_MAX_PAGES;
+		((struct fuse_init_in *)((uint8_t *)buffer + sizeof(*in)))->flags &= ~refused;
 	return bytes;
 }
 

@@ -67,7 +67,7 @@ enum { DO_ATTACH = 1, DO_DETACH = 2, DO_DESCRIBE = 3, DO_NFLOG = 4 };
 
 struct request {
 	uint32_t what;
-	uint32_t pad;
+	uint32_t hooks; /* DO_ATTACH: LOG rules can print there, so mark at every hook */
 	uint64_t cookie;
 };
 
@@ -78,16 +78,9 @@ struct reply {
 	char text[60000];
 };
 
-struct attached {
-	struct attached *next;
-	uint64_t cookie;
-	int link_fds[HOOKS * FAMILIES];
-};
-
 static unsigned char *queue;
 static size_t queue_size, queue_head, queue_tail;
 static int own_net_fd = -1;
-static struct attached *attachments;
 
 static void fail(const char *what)
 {
@@ -264,10 +257,18 @@ static void read_trace(int fd)
 
 #if HAVE_BPF
 
+struct attached {
+	struct attached *next;
+	uint64_t cookie;
+	size_t links;
+	int link_fds[HOOKS * FAMILIES];
+};
+
+static struct attached *attachments;
 static struct bpf_object *object;
 static struct ring_buffer *ring;
 static int hook_fd = -1, nets_fd = -1;
-static volatile uint64_t *lost;
+static const volatile uint64_t *lost;
 static uint64_t lost_told;
 
 static int on_event(void *context, void *data, size_t size)
@@ -354,38 +355,38 @@ static int link_hook(uint32_t family, uint32_t hook)
 	return (int)syscall(SYS_bpf, BPF_LINK_CREATE, &attr, sizeof attr);
 }
 
+static void drop(struct attached *each)
+{
+	for (size_t i = 0; i < each->links; i++)
+		close(each->link_fds[i]);
+	free(each);
+}
+
 /* In the namespace meant. */
-static int attach_here(uint64_t cookie)
+static int attach_here(uint64_t cookie, int hooks)
 {
 	struct attached *each = calloc(1, sizeof *each);
 	static const uint32_t families[FAMILIES] = { 2, 10 }; /* NFPROTO_IPV4, NFPROTO_IPV6 */
 	uint32_t value = 1;
-	size_t count = 0;
 
 	if (!each)
 		return -ENOMEM;
 	each->cookie = cookie;
-	for (size_t family = 0; family < FAMILIES; family++) {
-		for (uint32_t hook = 0; hook < HOOKS; hook++) {
-			int fd = link_hook(families[family], hook);
+	for (uint32_t i = 0; hooks && i < HOOKS * FAMILIES; i++) {
+		int fd = link_hook(families[i / HOOKS], i % HOOKS);
 
-			if (fd < 0) {
-				int error = -errno;
+		if (fd < 0) {
+			int error = -errno;
 
-				while (count)
-					close(each->link_fds[--count]);
-				free(each);
-				return error;
-			}
-			each->link_fds[count++] = fd;
+			drop(each);
+			return error;
 		}
+		each->link_fds[each->links++] = fd;
 	}
 	if (bpf_map_update_elem(nets_fd, &cookie, &value, BPF_ANY)) {
 		int error = -errno;
 
-		while (count)
-			close(each->link_fds[--count]);
-		free(each);
+		drop(each);
 		return error;
 	}
 	each->next = attachments;
@@ -400,11 +401,9 @@ static int detach(uint64_t cookie)
 
 		if (each->cookie != cookie)
 			continue;
-		for (size_t i = 0; i < HOOKS * FAMILIES; i++)
-			close(each->link_fds[i]);
 		bpf_map_delete_elem(nets_fd, &cookie);
 		*at = each->next;
-		free(each);
+		drop(each);
 		return 0;
 	}
 	return -ENOENT;
@@ -442,7 +441,12 @@ static void open_bpf(const char *path)
 }
 static int ring_fd(void) { return -1; }
 static void read_ring(void) {}
-static int attach_here(uint64_t cookie) { (void)cookie; return -EOPNOTSUPP; }
+static int attach_here(uint64_t cookie, int hooks)
+{
+	(void)cookie;
+	(void)hooks;
+	return -EOPNOTSUPP;
+}
 static int detach(uint64_t cookie) { (void)cookie; return -EOPNOTSUPP; }
 static void find_lost(void) {}
 static void tell_lost(void) {}
@@ -524,7 +528,7 @@ static int act(const struct request *request, int net_fd, struct reply *reply, i
 	reply->cookie = cookie_here();
 	switch (request->what) {
 	case DO_ATTACH:
-		result = reply->cookie ? attach_here(reply->cookie) : -EOPNOTSUPP;
+		result = reply->cookie ? attach_here(reply->cookie, request->hooks != 0) : -EOPNOTSUPP;
 		break;
 	case DO_DESCRIBE:
 		result = describe_here(reply);

@@ -53,7 +53,7 @@ struct spawner_request {
 	uint32_t unshare;	/* CLONE_NEW* */
 	uint32_t face;
 	int32_t pid;		/* OP_MAKE: the parent's init, 0 for the host.  Else: the process in question */
-	int32_t target_pid;	/* OP_PIN; 0 for the host */
+	int32_t target_pid;	/* OP_PIN; 0 for the host.  OP_MAKE: whose root to show if not the parent's, 0: the parent's */
 	uint32_t owner_uid, owner_gid;	/* the host's IDs */
 	uint32_t uid_extents, gid_extents;
 	uint32_t v1_groups;
@@ -128,12 +128,31 @@ enum init_op {
 	/* Report how the command `token` ended: INIT_EXITED, as soon as it did; INIT_FAILED with ESRCH for a
 	 * token that is not known (any more). */
 	INIT_WAIT,
+	/* Before the connection is handed to a session program: on it INIT_EXEC is to come with SCM_CREDENTIALS of
+	 * the container's root, which the kernel lets only those claim who may become that.  No reply. */
+	INIT_PROVE,
+	/* After INIT_WAIT: send the signal `token` to the command, or with INIT_GROUP to its process group. */
+	INIT_SIGNAL,
 };
 
 enum init_flag {
 	INIT_KEEP_STATUS = 1,	/* remember how it ended until an INIT_WAIT asks */
 	INIT_TERMINAL = 2,	/* descriptor 0 becomes the controlling terminal */
 	INIT_SAME_SESSION = 4,	/* no setsid(2) */
+	/* INIT_EXEC: 0, 1 and 2 are made inside, their other ends come with INIT_OPENED.  Either a terminal, set up as
+	 * the struct init_terminal that follows the gids; its other end is one descriptor. */
+	INIT_OPEN_TERMINAL = 8,
+	/* Or three pipes; the other ends are three descriptors. */
+	INIT_OPEN_PIPES = 16,
+	INIT_OPEN_ERROR = 32,	/* with INIT_OPEN_TERMINAL: 2 is a pipe, whose other end comes second */
+	INIT_SHELL = 64,	/* INIT_EXEC: /bin/sh in place of a program that cannot be executed */
+	INIT_HANGUP = 128,	/* INIT_WAIT: SIGHUP to the command's group when the connection ends first */
+	INIT_GROUP = 256,	/* INIT_SIGNAL */
+};
+
+struct init_terminal {
+	uint16_t size[4];	/* struct winsize */
+	uint8_t termios[36];	/* the kernel's struct termios; all zero: as it comes */
 };
 
 struct init_request {
@@ -150,6 +169,7 @@ enum init_reply_op {
 	INIT_STARTED = 1,
 	INIT_FAILED,
 	INIT_EXITED,
+	INIT_OPENED,
 };
 
 struct init_reply {
@@ -162,5 +182,17 @@ struct init_reply {
 #define INIT_GROUPS_MAX 64
 #define INIT_FDS_MAX 16
 #define INIT_ARGS_MAX 4096	/* argv and environment together */
+
+/* --- daemon to a session program, on the channel between them --- */
+
+/* What entering takes.  Whole (types 0) the descriptors are: the container's user namespace, and two connections to
+ * its init, for INIT_EXEC and for INIT_WAIT.  In part: the namespaces, in the order of CLONE_NEW*'s bits; then
+ * the process that has joined them says so (one byte), and is answered by a second offer.  The container's
+ * name follows. */
+struct entry_offer {
+	int32_t error;		/* 0 or -errno */
+	uint32_t types;		/* CLONE_NEW* */
+	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root */
+};
 
 #endif

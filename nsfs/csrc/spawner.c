@@ -14,6 +14,8 @@
  *   /root        the host's root filesystem alone: read-only, nosuid, nodev, and idmapped by a user namespace
  *                that maps no ID of the host.  So no file counts as anybody's: all is read as `other`, and
  *                since nobody may write to an inode without an owner no socket can be connected to either.
+ *                Empty directories are mounted over those that containers have of their own: being copied
+ *                locks them there, so that what is below is not laid open by umount(2) or another bind.
  *   /fuse        the filesystem; nothing in it is looked at before the daemon asks for something
  *   /dev, /proc, /sys   to bind from, and because a user namespace may mount only what it can already see
  *   /s           while a container is being cloned: the trees that it shall have
@@ -304,7 +306,8 @@ static int send_with(int to_fd, void *data, size_t length, const int *fds, size_
 }
 
 /* Receive a packet into `data` and descriptors into fds[]; returns its length or -errno. */
-static ssize_t receive_with(int from_fd, void *data, size_t size, int *fds, size_t fds_size, size_t *fd_count)
+static ssize_t receive_with(int from_fd, int flags, void *data, size_t size,
+			    int *fds, size_t fds_size, size_t *fd_count)
 {
 	union {
 		char buffer[CMSG_SPACE(sizeof(int) * MESSAGE_FDS_MAX)];
@@ -316,7 +319,7 @@ static ssize_t receive_with(int from_fd, void *data, size_t size, int *fds, size
 		.msg_control = control.buffer, .msg_controllen = CMSG_SPACE(sizeof(int) * fds_size),
 	};
 	const struct cmsghdr *rights;
-	ssize_t length = recvmsg(from_fd, &header, MSG_CMSG_CLOEXEC);
+	ssize_t length = recvmsg(from_fd, &header, MSG_CMSG_CLOEXEC | flags);
 
 	*fd_count = 0;
 	if (length < 0)
@@ -474,7 +477,7 @@ static void hear_spawner(int channel_fd, int messages)
 
 	while (messages--) {
 		/* When it has died, or failed, there is nothing more to do. */
-		if (receive_with(channel_fd, &kind, 1, fds, N(fds), &count) != 1)
+		if (receive_with(channel_fd, 0, &kind, 1, fds, N(fds), &count) != 1)
 			_exit(1);
 		next = 0;
 		if (kind == NAMESPACES && own(CLONE_NEWCGROUP) && next < count)
@@ -706,7 +709,8 @@ static int set_up_mounts(int channel_fd)
 	int top_fd, private_fd, pts_fd, queue_fd, dev_fd, proc_fs_fd, sys_fd, fd, result;
 
 	step = STEP_ROOT;
-	top_fd = clone_tree(AT_FDCWD, root_source);
+	/* With what hides the directories of the tree itself. */
+	top_fd = open_tree(AT_FDCWD, root_source, OPEN_TREE_CLONE | AT_RECURSIVE);
 	if (top_fd < 0)
 		return top_fd;
 	step = STEP_MOUNT;
@@ -1005,6 +1009,25 @@ static int place_and_close(int tree_fd, int *places_fd, const char *name)
 	return result;
 }
 
+/* Mount an empty directory over each of those that a container has of its own. */
+static int hide_private(int top_fd)
+{
+	for (size_t i = 0; i < N(private_dirs); i++) {
+		int fd = clone_tree(root_fd, "e"), result;
+
+		if (fd < 0)
+			return fd;
+		result = set_mount(fd, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, false);
+		if (!result)
+			result = attach(fd, top_fd, private_dirs[i]);
+		close(fd);
+		/* ENOTDIR: a link, as with ostree. */
+		if (result && result != -ENOENT && result != -ENOTDIR)
+			return result;
+	}
+	return 0;
+}
+
 /* The parent's root filesystem alone: "/" of its mount namespace, in which no path can mislead us. */
 static int parent_root(pid_t pid)
 {
@@ -1201,9 +1224,22 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 		if ((result = set_mount(request.rootfs_fd, MOUNT_ATTR_NODEV, 0, true)) ||
 		    (result = place(request.rootfs_fd, places_fd, "root", true)))
 			return result;
-	} else if (head->pid && ns_ino(head->pid, "mnt") != host_mnt_ino) {
-		if ((result = place_and_close(parent_root(head->pid), places_fd, "root")))
-			return result;
+	} else if (head->target_pid ||
+		   (head->pid && ns_ino(head->pid, "mnt") != host_mnt_ino)) {
+		const int fd = parent_root(head->target_pid ? head->target_pid : head->pid);
+
+		/* Its private directories are hidden, so that it has the default kind: the host's. */
+		if (fd == -EINVAL) {
+			root_source = "/root";
+		} else {
+			result = fd < 0 ? fd : place(fd, places_fd, "root", true);
+			if (!result)
+				result = hide_private(fd);
+			if (fd >= 0)
+				close(fd);
+			if (result)
+				return result;
+		}
 	} else {
 		root_source = "/root";
 	}
@@ -1333,15 +1369,28 @@ static void await_result(struct job *job, int pid, int pid_fd, int channel_fd)
 		.deadline_ms = now_ms() + DEADLINE_MS };
 }
 
+/* What a child has said, and the descriptor that came with it or -1; false when it said nothing. */
+static bool receive_result(int channel_fd, struct init_result *result, int *fd)
+{
+	size_t count;
+	ssize_t length;
+
+	*fd = -1;
+	length = receive_with(channel_fd, MSG_DONTWAIT, result, sizeof(*result), fd, 1, &count);
+	/* It ended before it read what we sent: that is told first, and then what it had said. */
+	if (length == -ECONNRESET)
+		length = receive_with(channel_fd, MSG_DONTWAIT, result, sizeof(*result), fd, 1, &count);
+	return length == sizeof(*result);
+}
+
 /* OP_MAKE.  On success the rest is up to the child, and `job` waits for it. */
 static int make(struct job *job)
 {
 	const struct spawner_request *head = &request.head;
 	struct nested nested = { .pid_fd = -1 };
 	struct init_result said;
-	struct making making;
 	char kind = MAPPED;
-	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, pid, result = 0;
+	int channel[2] = { -1, -1 }, places_fd = -1, pid_fd, pid = -1, fd, result = 0;
 
 	if (head->pid) {
 		nested.pid_fd = result = open_pid(head->pid);
@@ -1369,29 +1418,24 @@ static int make(struct job *job)
 		result = pid_fd;
 		goto out;
 	}
-	if (pid < 0) {
-		step = STEP_DIED;
-		result = pid;
-		end(pid_fd);
-		goto out;
+	step = STEP_DIED;
+	result = pid;
+	if (pid > 0) {
+		(void)send_with(channel[0], &kind, 1, NULL, 0);
+		result = provide(&(struct making){ .pid_fd = pid_fd, .channel_fd = channel[0] });
 	}
-	(void)send_with(channel[0], &kind, 1, NULL, 0);
-	making = (struct making){ .pid_fd = pid_fd, .channel_fd = channel[0] };
-	result = provide(&making);
 	if (result) {
 		end(pid_fd);
-		/* If it failed first then that is the reason for this. */
-		if (recv(channel[0], &said, sizeof(said), MSG_DONTWAIT) == sizeof(said) ||
-		    (errno == ECONNRESET &&
-		     recv(channel[0], &said, sizeof(said), MSG_DONTWAIT) == sizeof(said))) {
-			result = said.error;
-			step = said.step;
-		}
 		goto out;
 	}
 	await_result(job, pid, pid_fd, channel[0]);
 	channel[0] = -1;
 out:
+	/* If the child failed first then that is the reason for all else. */
+	if (result < 0 && channel[0] >= 0 && receive_result(channel[0], &said, &fd) && said.error) {
+		result = said.error;
+		step = said.step;
+	}
 	if (places_fd >= 0) {
 		/* With all that is on it; the clone has its copy. */
 		detach("/s");
@@ -1696,8 +1740,8 @@ static int parse(size_t length)
 static void hear(struct job *job)
 {
 	struct spawner_reply reply = { .id = 0 };
-	ssize_t length = receive_with(socket_fd, message, sizeof(message) - 1, request.fds, MESSAGE_FDS_MAX,
-				      &request.fd_count);
+	ssize_t length = receive_with(socket_fd, 0, message, sizeof(message) - 1,
+				      request.fds, MESSAGE_FDS_MAX, &request.fd_count);
 	int fd = -1, result;
 
 	if (length == -EINTR || length == -EAGAIN)
@@ -1743,20 +1787,12 @@ static void finish(struct job *job, bool too_late)
 {
 	struct spawner_reply reply = { .id = job->id };
 	struct init_result result;
-	ssize_t length = 0;
-	size_t count = 0;
 	int fd = -1;
 
-	if (!too_late) {
-		length = receive_with(job->channel_fd, &result, sizeof(result), &fd, 1, &count);
-		/* It ended before it read what we sent: that is told first, and then what it had said. */
-		if (length == -ECONNRESET)
-			length = receive_with(job->channel_fd, &result, sizeof(result), &fd, 1, &count);
-	}
 	if (too_late) {
 		reply.error = -ETIMEDOUT;
 		reply.step = STEP_DEADLINE;
-	} else if (length == sizeof(result)) {
+	} else if (receive_result(job->channel_fd, &result, &fd)) {
 		reply.error = result.error;
 		reply.step = result.step;
 	} else {
@@ -1914,7 +1950,7 @@ static void build_templates(const char *tree, int init_fd)
 	static const struct { const char *name; unsigned int minor; } nodes[] = {
 		{ "dev/null", 3 }, { "dev/zero", 5 }, { "dev/full", 7 }, { "dev/random", 8 },
 		{ "dev/urandom", 9 } };
-	static const char *const directories[] = { "root", "fuse", "dev", "proc", "sys", "s", "t", "y" };
+	static const char *const directories[] = { "root", "fuse", "dev", "proc", "sys", "s", "t", "y", "e" };
 	static const char *const options[][2] = { { "mode", "0755" }, { NULL, NULL } };
 	int fd, sys_fd;
 
@@ -1941,6 +1977,7 @@ static void build_templates(const char *tree, int init_fd)
 	fd = make_root_template();
 	need(attach(root_fd, AT_FDCWD, "/"), "move_mount");
 	need(attach(fd, root_fd, "root"), "move_mount root");
+	need(hide_private(fd), "move_mount over private directories");
 	need(attach(fuse_fd, root_fd, "fuse"), "move_mount fuse");
 	need(attach(proc_fd, root_fd, "proc"), "move_mount proc");
 	need(attach(sys_fd, root_fd, "sys"), "move_mount sys");

@@ -48,7 +48,7 @@
 #define MFD_NOEXEC_SEAL 8U		/* Linux 6.3 */
 #endif
 #define MAX_UNMOUNTS 16
-#define EARLY_MS 1000			/* a daemon that dies within that was not well */
+#define EARLY_MS 1000			/* who dies within that of being ready was not well */
 #define BACK_OFF_CAP_MS 1000
 #define STOP_MS 60000			/* from SIGTERM to SIGKILL */
 #define KILL_MS 5000			/* from SIGKILL to going without it */
@@ -64,7 +64,7 @@ static int status_fd = -1;		/* to the parent, until it was told; without --foreg
 static int ready_fd = -1;		/* from the daemon, until it is ready */
 static sigset_t old_mask;
 static pid_t daemon_pid;		/* 0: none runs */
-static int64_t started_ms, start_at_ms, stop_at_ms = NEVER;
+static int64_t started_ms, ready_ms = NEVER, start_at_ms, stop_at_ms = NEVER;
 static enum { RUNNING, ASKED, KILLED } stopping;
 static uint32_t generation, crashes, early_deaths;
 
@@ -220,6 +220,7 @@ static void start_daemon(void)
 		return;
 	generation++;
 	started_ms = now_ms();
+	ready_ms = NEVER;
 	daemon_pid = pid;
 	ready_fd = pipe_fds[0];
 	write_pid("daemon.pid", ".daemon.pid", pid);
@@ -237,6 +238,7 @@ static void read_ready(void)
 	if (!ready)
 		return;
 	say("daemon %d (number %u) is ready", (int)daemon_pid, generation);
+	ready_ms = now_ms();
 	if (!ever_ready)
 		notify("READY=1");
 	ever_ready = true;
@@ -247,11 +249,11 @@ static void daemon_died(int wait_status)
 {
 	bool by_signal = WIFSIGNALED(wait_status);
 	int code = by_signal ? WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
-	int64_t lived_ms = now_ms() - started_ms, delay_ms = 0;
+	bool early = ready_ms == NEVER || now_ms() - ready_ms < EARLY_MS;
+	int64_t delay_ms = 0;
 
-	read_ready();
 	say("daemon %d (number %u) died after %lld ms, %s %d", (int)daemon_pid, generation,
-	    (long long)lived_ms, by_signal ? "signal" : "status", code);
+	    (long long)(now_ms() - started_ms), by_signal ? "signal" : "status", code);
 	daemon_pid = 0;
 	if (stopping != RUNNING)
 		finish(!by_signal && code == 0 && stopping == ASKED ? 0 : 1);
@@ -260,8 +262,8 @@ static void daemon_died(int wait_status)
 	if (!by_signal && code == 0)
 		finish(0);
 	/* At once three times; then 50, 100, 200... ms.  Who is killed did not crash. */
-	early_deaths = lived_ms < EARLY_MS ? early_deaths + 1 : 0;
-	crashes = lived_ms < EARLY_MS && !(by_signal && code == SIGKILL) ? crashes + 1 : 0;
+	early_deaths = early ? early_deaths + 1 : 0;
+	crashes = early && !(by_signal && code == SIGKILL) ? crashes + 1 : 0;
 	if (early_deaths > 3)
 		delay_ms = early_deaths > 8 ? BACK_OFF_CAP_MS : 50 << (early_deaths - 4);
 	start_at_ms = now_ms() + delay_ms;
@@ -290,9 +292,12 @@ static void read_signal(void)
 		stop();
 		return;
 	}
-	while ((pid = waitpid(-1, &wait_status, WNOHANG)) > 0)
-		if (pid == daemon_pid)
-			daemon_died(wait_status);
+	while ((pid = waitpid(-1, &wait_status, WNOHANG)) > 0) {
+		if (pid != daemon_pid)
+			continue;
+		read_ready();		/* its last word, maybe */
+		daemon_died(wait_status);
+	}
 }
 
 __attribute__((noreturn))
@@ -320,6 +325,7 @@ static void supervise(void)
 		if (fds[1].revents)
 			read_ready();
 		if (fds[2].revents && status_fd >= 0) {
+			say("the parent is gone");
 			close(status_fd);
 			status_fd = -1;
 			stop();

@@ -44,7 +44,14 @@ def _target(kind: str) -> Link:
         depth = members.level(face.viewpoint)
         if not depth:
             return f"/proc/{container.init_pid}/ns/{kind}"
-        pinned: str = await container.world.pin(face, kind)
+        try:
+            pinned: str = await container.world.pin(face, kind)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            # A mount namespace can be held by a mount in an older one only, and Linux 6.18, which
+            # numbers them for each CPU, does not always know which that is.
+            return f"/proc/{members.seen_pid(container.init_pid, depth)}/ns/{kind}"
         return pinned
 
     return Link(kind, target=target)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import signal
 
+import trio
+
 from nsfs import members
 from nsfs.attribute import (
     NOT_ON_ROOT,
@@ -73,7 +75,7 @@ def freeze_store(face: Face, value: str, caller: Caller) -> None:
     face.container.tell()
 
 
-def kill_store(face: Face, value: str, caller: Caller) -> None:
+async def kill_store(face: Face, value: str, caller: Caller) -> None:
     """Send the signal; EINVAL for what is no signal's name."""
     word = value.strip().upper()
     if word == "1":
@@ -84,11 +86,9 @@ def kill_store(face: Face, value: str, caller: Caller) -> None:
         raise invalid(value) from None
     container = face.container
     container.check_alive()
-    for each in (container, *container.descendants()):
-        if number == signal.SIGKILL:
-            each.group.kill("payload")
-        else:
-            each.group.signal(number)
+    async with trio.open_nursery() as nursery:
+        for each in (container, *container.descendants()):
+            nursery.start_soon(each.group.signal, number)
 
 
 FILES = (

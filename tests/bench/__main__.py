@@ -27,6 +27,7 @@ from others import BareGroup, Clone3, Runc, compile_program
 
 from nsfs.cgroup import Hierarchies
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CASE_S = 600
 """No case takes longer."""
 SIZES, TREE_SIZE, RUNS = (1, 100, 1000), 1000, 30
@@ -159,14 +160,21 @@ def print_table(record: dict[str, Any], series: dict[str, Series], opcodes: Any)
         print(f"{goal['what']:{width}} {wanted:>11} {reached:>11}  {word}".rstrip())
 
 
+def _interrupted(number: int, frame: object) -> None:
+    # One is enough, and what is undone from here on is not to be interrupted by another.
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     """The program."""
     args = arguments()
     if os.geteuid() != 0:
         print("scripts/bench: only root can do this: run it with sudo", file=sys.stderr)
         return 1
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, lambda number, frame: sys.exit(128 + number))
+    for each in SIGNALS:
+        signal.signal(each, _interrupted)
     report = Report()
     facts = machine()
     start = time.monotonic()

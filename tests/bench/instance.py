@@ -62,9 +62,10 @@ class Instance:
         with contextlib.suppress(OSError):
             (self.groups_dir / "cgroup.kill").write_text("1")
         time.sleep(0.5)
-        for path, _, _ in os.walk(self.groups_dir, topdown=False):
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
+        for directory in (str(self.groups_dir.parent), *version_1().values()):
+            for path, _, _ in os.walk(f"{directory}/{self.group}", topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
 
     def pid(self, name: str) -> int:
         """The PID of the supervisor or the daemon."""
@@ -91,11 +92,7 @@ class Instance:
 
     def member_groups(self, container: Path) -> list[str]:
         """What makes a process a member: the cgroup2 directory, the `tasks` of version 1 groups."""
-        tops = {}
-        for line in read("/proc/self/mountinfo").splitlines():
-            before, _, after = line.partition(" - ")
-            if after.split()[0] == "cgroup":
-                tops.update(dict.fromkeys(after.split()[2].split(","), before.split()[4]))
+        tops = version_1()
         found: list[str] = []
         for line in read(f"/proc/{self.init(container)}/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -115,6 +112,16 @@ class Instance:
     def settle(self, count: int) -> None:
         """Wait until there are only so many groups: what was removed is wholly gone."""
         wait_until(lambda: len(self.groups()) <= count, f"{count} groups are left")
+
+
+def version_1() -> dict[str, str]:
+    """Where the version 1 hierarchies are mounted, by controller."""
+    tops: dict[str, str] = {}
+    for line in read("/proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split()[0] == "cgroup":
+            tops.update(dict.fromkeys(after.split()[2].split(","), before.split()[4]))
+    return tops
 
 
 def wait_gone(pid_fds: list[int]) -> float:

@@ -7,6 +7,7 @@ not end in time its FUSE connection is aborted, so nothing stays behind in an un
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import fcntl
 import os
 import random
@@ -180,6 +181,11 @@ class Mounted:
                 (control / minor / "abort").write_text("1")
         subprocess.run(["umount", control], check=True)
 
+    def give_up(self) -> None:
+        """Say where the main thread hangs, and end whatever it may be waiting for."""
+        faulthandler.dump_traceback()
+        self.clean_up()
+
     def clean_up(self) -> None:
         for name in ("supervisor", "daemon"):
             with suppress(FileNotFoundError, ProcessLookupError, ChildProcessError):
@@ -196,7 +202,7 @@ class Mounted:
 def cleaned_up(directory: Path) -> Iterator[Mounted]:
     """A directory to serve, which is not served any more afterwards, whatever happens."""
     mounted = Mounted(directory)
-    overdue = threading.Timer(DEADLINE_S, mounted.abort)
+    overdue = threading.Timer(DEADLINE_S, mounted.give_up)
     overdue.daemon = True
     overdue.start()
     try:
@@ -547,8 +553,9 @@ def back_off(directory: Path) -> None:
         times = [float(line) for line in starts.read_text().split()]
         delays = [after - before for before, after in pairwise(times[1:])]
         print("delays", *(f"{delay:.2f}" for delay in delays))
-        assert max(delays[:2]) < 0.8 < min(delays[8:])
-        assert max(delays) < 2
+        # What is more than the daemon itself takes to start.
+        assert delays[1] - delays[0] < 0.5
+        assert 0.7 < delays[-1] - delays[0] < 1.7
         (mounted.state / "fault").unlink()
         assert mounted.number() == len(times) + 1
 
@@ -567,11 +574,13 @@ def parent_is_killed(directory: Path) -> None:
     """Who waits for the mount gives up: there is none then."""
     with cleaned_up(directory) as mounted:
         (mounted.state / "fault").write_text(f"signal {signal.SIGSTOP:d}")
-        with subprocess.Popen(mounted.command()) as parent:
-            until((mounted.run / "daemon.pid").exists)
-            supervisor, daemon = mounted.pid("supervisor"), mounted.pid("daemon")
-            until(lambda: state_of(daemon) == "T")
-            parent.kill()
+        parent = subprocess.Popen(mounted.command())
+        until((mounted.run / "daemon.pid").exists)
+        supervisor, daemon = mounted.pid("supervisor"), mounted.pid("daemon")
+        until(lambda: state_of(daemon) == "T")
+        parent.kill()
+        parent.wait()
+        until(lambda: "the parent is gone" in mounted.log())
         os.kill(daemon, signal.SIGCONT)
         assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) in (0, 1)
         assert not mounted.is_mounted()

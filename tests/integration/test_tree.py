@@ -460,18 +460,36 @@ def test_links_to_namespaces_work_inside(web: Container) -> None:
         cd /sys/namespaces
         for type in cgroup ipc mnt net pid time user uts; do
             readlink db/nsproxy/$type
-            stat -L -c %i db/nsproxy/$type nsproxy/$type
+            stat -L -c %i db/nsproxy/$type || echo 0
+            stat -L -c %i nsproxy/$type
         done
         nsenter --uts=db/nsproxy/uts hostname
         nsenter --user=db/nsproxy/user --uts=db/nsproxy/uts --net=db/nsproxy/net id -u
         """
     )
-    lines = out.splitlines()
+    lines = [line for line in out.splitlines() if "Permission denied" not in line]
     its, webs = namespaces_of(Container(web / "db").init), namespaces_of(web.init)
     for kind, row in zip(TYPES, range(0, 24, 3), strict=True):
-        assert int(lines[row + 1]) == its[kind], kind
+        # See nsproxy(): the kernel may refuse to have a mount namespace held.
+        refused_by_kernel = kind == "mnt" and lines[row].startswith("/proc/")
+        assert int(lines[row + 1]) == its[kind] or refused_by_kernel, kind
         assert int(lines[row + 2]) == webs[kind], kind
     assert lines[24:] == ["db", "0"]
     # What holds a namespace inside goes with the container.
     web.run("rmdir /sys/namespaces/db")
     wait_until(lambda: "/dev/.nsfs/ns" not in web.run("cat /proc/self/mountinfo"), "no pin is left")
+
+
+def test_commands_run_after_a_kill(web: Container) -> None:
+    web.start("sleep", "1000")
+    wait_until(lambda: web.state()["populated"] == "1", "sleep runs")
+    web.write("kill", "1")
+    wait_until(lambda: web.state()["populated"] == "0", "it ended")
+    assert web.run("echo alive") == "alive\n"
+    # A chain of processes, each of which forks the next and ends, does not get away.
+    web.start("sh", "-c", "f() { sleep 0.01; f & }; trap '' TERM; f")
+    wait_until(lambda: web.state()["populated"] == "1", "it runs")
+    web.write("kill", "TERM")
+    web.write("kill", "KILL")
+    wait_until(lambda: web.state()["populated"] == "0", "it ended")
+    assert web.run("echo alive") == "alive\n"
