@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -159,6 +160,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             world.nursery = nursery
             await lifecycle.resume(world)
             nursery.start_soon(_serve, operations)
+            nursery.start_soon(_need, spawner)
             nursery.start_soon(_pass_interrupts, operations, device)
             nursery.start_soon(world.watch_events)
             nursery.start_soon(router.run)
@@ -176,6 +178,12 @@ async def run(args: argparse.Namespace, device: Device) -> None:
 async def _serve(operations: Operations) -> None:
     await pyfuse3.main(min_tasks=8, max_tasks=MAX_TASKS)
     log.info("the mount is gone")
+
+
+async def _need(spawner: Spawner) -> None:
+    # The next daemon starts another one, and answers what this one could not.
+    await spawner.died.wait()
+    raise OSError(errno.EPIPE, "the spawner has died")
 
 
 async def _pass_interrupts(operations: Operations, device: Device) -> None:

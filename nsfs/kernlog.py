@@ -77,6 +77,17 @@ class Network:
     addresses: set[tuple[str, bytes]] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class Task:
+    """A member, as it was when it was looked at."""
+
+    container: Container
+    net: int
+    """Inode number of its network namespace."""
+    begun_ns: int
+    looked_ns: int
+
+
 class FirewallLog:
     """nf_log_all_netns, as long as somebody needs it on.
 
@@ -172,6 +183,7 @@ class Router:
         """Namespaces that members made: inode number to cookie."""
         self._groups: dict[int, Container] = {}
         """By the ID of the v2 group of its members."""
+        self._tasks: dict[int, Task] = {}
         self._recent: deque[float] = deque()
         """When LOG lines came, in the last second."""
         self._concerned: set[int] = set()
@@ -315,16 +327,31 @@ class Router:
                 if ident in self._groups:
                     return self._groups[ident]
             return None
+        known = self._tasks.get(event.tid)
+        if known is None or not known.begun_ns <= event.time_ns <= known.looked_ns:
+            known = self._look_at_task(event.tid)
+            if known is None or event.time_ns < known.begun_ns:
+                # Another's PID before: the process that printed has ended.
+                return None
+            self._tasks.pop(event.tid, None)
+            self._tasks[event.tid] = known
+            if len(self._tasks) > 1024:
+                del self._tasks[next(iter(self._tasks))]
+        return known.container
+
+    def _look_at_task(self, tid: int) -> Task | None:
         try:
-            found = members.container_of(self.world.root, event.tid)
-            ticks = start_time(event.tid)
+            found = members.container_of(self.world.root, tid)
+            if found is None or found.parent is None:
+                return None
+            net = namespaces.identity(tid, "net")
+            # In whole ticks, so it may have begun a tick later than this says.
+            ticks = start_time(tid)
         except (OSError, IndexError):
             return None
-        # A process that started later only has the same PID.
-        asleep = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-        if ticks / members.CLOCK_TICKS > event.time_ns / 1e9 + asleep:
-            return None
-        return None if found is None or found.parent is None else found
+        asleep_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+        begun_ns = ticks * 1_000_000_000 // members.CLOCK_TICKS - asleep_ns
+        return Task(found, net, begun_ns, time.monotonic_ns())
 
     def of_net(self, cookie: int) -> Container | None:
         """The container that holds it."""
@@ -350,16 +377,15 @@ class Router:
             return self._receiver(packet)
         if event.interrupt or packet.incoming or not packet.outgoing:
             return None
-        task = self.of_task(event)
-        if task is None:
+        if self.of_task(event) is None:
             return None
-        owner = task.holder("net")
+        task = self._tasks[event.tid]
+        owner = task.container.holder("net")
         name = packet.outgoing.decode("utf-8", "surrogateescape")
         for network in self._networks.values():
             if network.container is owner and (name, packet.source) in network.addresses:
                 try:
-                    same = namespaces.identity(event.tid, "net")
-                    return owner if same == namespaces.identity(owner.init_pid, "net") else None
+                    return owner if task.net == namespaces.identity(owner.init_pid, "net") else None
                 except OSError:
                     return None
         return None

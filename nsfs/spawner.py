@@ -406,12 +406,12 @@ class Spawner:
         """Set it, as sethostname(2) would: EINVAL beyond 64 bytes."""
         await self._call(_SET_HOSTNAME, pid=pid, strings=(name,))
 
-    async def tree(self, pid: int, path: str) -> int:
+    async def tree(self, pid: int, path: str, uid: int = 0, gid: int = 0) -> int:
         """A detached clone of the tree at a path, as process `pid` sees it (0: the host).
 
         open_tree(2) with OPEN_TREE_CLONE, not recursive; a new descriptor.
         """
-        return _fd(await self._call(_TREE, pid=pid, strings=(path,)))
+        return _fd(await self._call(_TREE, pid=pid, owner=(uid, gid), strings=(path,)))
 
     async def namespace(self, pid: int, kind: str) -> int:
         """A detached mount of a namespace of a process, which it holds open: a new descriptor."""

@@ -215,7 +215,7 @@ class World:
             if viewpoint is None or not viewpoint.alive():
                 raise FileNotFoundError(errno.ENOENT, "whose path it is is gone", path)
             pid = viewpoint.init_pid
-        return await self.spawner.tree(pid, path)
+        return await self.spawner.tree(pid, path, origin.uid, origin.gid)
 
     async def execute(
         self, container: Container, words: Sequence[str], environment: Sequence[str]

@@ -23,7 +23,9 @@ enum spawner_op {
 	OP_MAKE = 1,
 	OP_HOSTNAME,		/* pid; reply: text */
 	OP_SET_HOSTNAME,	/* pid, string: the name */
-	OP_TREE,		/* pid, string: a path as pid sees it; reply: fd, a detached clone of the tree there */
+	/* pid, string: a path as pid sees it and owner_uid and owner_gid may go; reply: fd, a detached clone of
+	 * the tree there */
+	OP_TREE,
 	OP_PIN,			/* pid, strings: namespace type; [path]; target_pid: whose mount namespace; reply: fd when no path */
 	OP_BIND,		/* pid, string: target; fds: a detached tree */
 	OP_UNBIND,		/* pid, string: target */

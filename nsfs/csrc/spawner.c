@@ -34,6 +34,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
@@ -768,9 +769,12 @@ static int set_up_mounts(int channel_fd)
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define WHEN(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
 #define RETURN(value) BPF_STMT(BPF_RET | BPF_K, (value))
-/* The six that are denied and umount2, of one architecture; after it: allow, test the flags, deny. */
-#define DENYLIST(kexec_load, kexec_file, by_handle, init, finit, delete, umount)		\
-	WHEN(kexec_load, 9, 0), WHEN(kexec_file, 8, 0), WHEN(by_handle, 7, 0),			\
+/*
+ * The seven that are denied and umount2, of one architecture; after it: allow, test the flags, deny.
+ * syslog(2) would read the host's kernel log, which the initial user namespace alone guards.
+ */
+#define DENYLIST(syslog, kexec_load, kexec_file, by_handle, init, finit, delete, umount)		\
+	WHEN(syslog, 10, 0), WHEN(kexec_load, 9, 0), WHEN(kexec_file, 8, 0), WHEN(by_handle, 7, 0),			\
 	WHEN(init, 6, 0), WHEN(finit, 5, 0), WHEN(delete, 4, 0), WHEN(umount, 1, 0),		\
 	RETURN(SECCOMP_RET_ALLOW),								\
 	/* args[] are 64 bits, little-endian; the flags are an int */				\
@@ -780,24 +784,24 @@ static int set_up_mounts(int channel_fd)
 static const struct sock_filter filter[] = {
 	LOAD(arch),
 #if defined(__x86_64__)
-	WHEN(AUDIT_ARCH_I386, 0, 14),
+	WHEN(AUDIT_ARCH_I386, 0, 15),
 	LOAD(nr),
-	DENYLIST(283, 0xffffffff, 342, 128, 350, 129, 52),
-	WHEN(AUDIT_ARCH_X86_64, 0, 16),
+	DENYLIST(103, 283, 0xffffffff, 342, 128, 350, 129, 52),
+	WHEN(AUDIT_ARCH_X86_64, 0, 17),
 	LOAD(nr),
 	/* x32: the same numbers with one bit, but for kexec_load */
-	WHEN(0x40000000 | 528, 15, 0),
+	WHEN(0x40000000 | 528, 16, 0),
 	BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xbfffffff),
-	DENYLIST(246, 320, 304, 175, 313, 176, 166),
+	DENYLIST(103, 246, 320, 304, 175, 313, 176, 166),
 	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
 	RETURN(DENY),
 #elif defined(__aarch64__)
-	WHEN(AUDIT_ARCH_ARM, 0, 14),
+	WHEN(AUDIT_ARCH_ARM, 0, 15),
 	LOAD(nr),
-	DENYLIST(347, 401, 371, 128, 379, 129, 52),
-	WHEN(AUDIT_ARCH_AARCH64, 0, 14),
+	DENYLIST(103, 347, 401, 371, 128, 379, 129, 52),
+	WHEN(AUDIT_ARCH_AARCH64, 0, 15),
 	LOAD(nr),
-	DENYLIST(104, 294, 265, 105, 273, 106, 39),
+	DENYLIST(116, 104, 294, 265, 105, 273, 106, 39),
 	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
 #else
 #error "the system-call numbers of this architecture are not known"
@@ -1566,6 +1570,24 @@ static int bind_locked(pid_t pid, int tree_fd, const char *path)
 	return attach_at(locked_fd, path);
 }
 
+/*
+ * Resolve paths with the rights of whoever named them: their IDs, no supplementary groups, and no
+ * capability over files, which setfsuid(2) drops and gives back.
+ */
+static int look_as(uid_t uid, gid_t gid)
+{
+	if (!uid)
+		return 0;
+	if (prctl(PR_SET_SECUREBITS, 0) < 0 || setgroups(0, NULL) < 0)
+		return -errno;
+	(void)setfsgid(gid);
+	(void)setfsuid(uid);
+	/* They tell of no error but by what they say next time. */
+	if ((uid_t)setfsuid((uid_t)-1) != uid || (gid_t)setfsgid((gid_t)-1) != gid)
+		return -EPERM;
+	return 0;
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
@@ -1577,7 +1599,10 @@ static int act(void)
 		if ((result = enter_mounts(head->pid)))
 			return result;
 		step = STEP_PATH;
+		if ((result = look_as(head->owner_uid, head->owner_gid)))
+			return result;
 		fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
+		(void)setfsuid(0);
 		return fd < 0 ? fd : clone_tree(fd, "");
 	case OP_PIN: {
 		char path[64];
@@ -1665,9 +1690,13 @@ static int hostname(struct spawner_reply *reply)
 
 static int open_output(void)
 {
+	static int faces_fd = -1;
 	char path[64];
 
 	step = STEP_OUTPUT;
+	/* Kept open, so that its name stays known to the kernel: see World.prime(). */
+	if (faces_fd < 0)
+		faces_fd = openat(root_fd, "fuse/.f", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	snprintf(path, sizeof(path), "fuse/.f/%u.output", request.head.face);
 	return (int)call(openat(root_fd, path, O_WRONLY | O_APPEND | O_CLOEXEC));
 }

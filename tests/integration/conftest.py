@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,10 +193,12 @@ def serving(base: Path, options: list[str] | None = None) -> Iterator[Instance]:
 
 
 @pytest.fixture(scope="module")
-def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """One instance for a module."""
-    with serving(tmp_path_factory.mktemp("nsfs")) as found:
-        yield found
+def instance() -> Iterator[Instance]:
+    """One instance for a module, which other users can reach."""
+    with tempfile.TemporaryDirectory(prefix="nsfs-", dir="/tmp") as base:
+        os.chmod(base, 0o755)
+        with serving(Path(base)) as found:
+            yield found
 
 
 @pytest.fixture

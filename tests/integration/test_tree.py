@@ -493,3 +493,37 @@ def test_commands_run_after_a_kill(web: Container) -> None:
     web.write("kill", "KILL")
     wait_until(lambda: web.state()["populated"] == "0", "it ended")
     assert web.run("echo alive") == "alive\n"
+
+
+def test_paths_are_resolved_with_the_rights_of_who_named_them(tree: Path) -> None:
+    secret = tree.parent / "secret"
+    (secret / "below").mkdir(parents=True)
+    (secret / "below" / "file").write_text("the host's\n")
+    secret.chmod(0o700)
+    os.mkdir(tree / "alice")
+    os.chown(tree / "alice", 1000, 1000)
+
+    def as_alice(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    assert as_alice("mkdir", str(tree / "alice/web")).returncode == 0
+    value = f"/mnt {secret}/below ro"
+    done = as_alice("bash", "-c", f"echo '{value}' > {tree}/alice/web/binds")
+    assert "Permission denied" in done.stderr
+    done = as_alice("bash", "-c", f"echo '{value}' > {tree}/alice/defaults/binds")
+    assert done.returncode == 0
+    # Not with the rights of whoever makes the container either.
+    refused(errno.EACCES, os.mkdir, tree / "alice/db")
+    done = as_alice("bash", "-c", f"echo {secret}/below > {tree}/alice/web/rootfs")
+    assert "Permission denied" in done.stderr
+
+
+def test_the_host_log_is_out_of_reach_of_syslog(web: Container) -> None:
+    out = web.run_code("dmesg -S")[1]
+    assert "Operation not permitted" in out

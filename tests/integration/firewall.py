@@ -1,0 +1,142 @@
+"""Network namespaces with the same addresses and interface names, LOG rules in them, and traffic.
+
+Each gets two veth pairs whose other ends are in a namespace of its own, from which packets come and
+to which they go, so nothing leaves.  Every rule's prefix names the namespace and the chain.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+DEADLINE_S = 60.0
+
+CHAINS = {
+    # chain: (hook, priority).  INT_MIN is before any mark that is made at a hook.
+    "premin": ("prerouting", -2147483648),
+    "pre": ("prerouting", -150),
+    "in": ("input", 0),
+    "fwd": ("forward", 0),
+    "outmin": ("output", -2147483648),
+    "out": ("output", 0),
+    "post": ("postrouting", 0),
+}
+
+SENDER = """
+import socket, sys, time
+to, port, count, pace_s, proto = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(eval, sys.argv[4:6])
+s = socket.socket(socket.AF_INET6 if ':' in to else socket.AF_INET, socket.SOCK_DGRAM)
+for i in range(count):
+    try:
+        s.sendto(b'%d' % i, (to, port))
+    except OSError:
+        pass
+    if pace_s:
+        time.sleep(pace_s)
+"""
+
+
+def run(pid: int, script: str) -> None:
+    """A shell script of the host in the network namespace of a process."""
+    done = subprocess.run(
+        ["nsenter", f"--net=/proc/{pid}/ns/net", "sh", "-ec", textwrap.dedent(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, f"{script}: {done.stderr}"
+
+
+def sender(pid: int, to: str, port: int, count: int, pace_s: float) -> subprocess.Popen[bytes]:
+    """Send datagrams from the network namespace of a process."""
+    words = ["python3", "-c", SENDER, to, str(port), str(count), str(pace_s), "0"]
+    return subprocess.Popen(["nsenter", f"--net=/proc/{pid}/ns/net", *words])
+
+
+@dataclass
+class Net:
+    """A namespace with rules; `pid` is of a process in it."""
+
+    name: str
+    pid: int
+    helper: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.helper = subprocess.Popen(["unshare", "-n", "sleep", "1000"], start_new_session=True)
+        # unshare(1) has made it once it executes sleep(1).
+        while True:
+            with open(f"/proc/{self.helper.pid}/comm") as file:
+                if file.read() == "sleep\n":
+                    break
+        for number in (0, 1):
+            run(
+                self.helper.pid,
+                f"""
+                ip link add h{number} type veth peer name eth{number}
+                ip link set eth{number} netns {self.pid}
+                ip addr add 10.9.{number}.2/24 dev h{number}
+                ip -6 addr add fd09:{number}::2/64 dev h{number} nodad
+                ip link set h{number} up
+                """,
+            )
+            run(
+                self.pid,
+                f"""
+                ip addr add 10.9.{number}.1/24 dev eth{number}
+                ip -6 addr add fd09:{number}::1/64 dev eth{number} nodad
+                ip link set eth{number} up
+                ip neigh add 10.9.{number}.9 lladdr 02:00:00:00:00:09 dev eth{number}
+                """,
+            )
+        run(self.pid, "sysctl -qw net.ipv4.ip_forward=1; ip link set lo up")
+        run(self.helper.pid, "ip route add 10.9.1.9/32 via 10.9.0.1; ip link set lo up")
+
+    def rules(self, chains: Iterable[str] = CHAINS, ports: str = "5000-5999") -> None:
+        """Log what passes each of the chains."""
+        lines = ["table inet t {"]
+        for chain in chains:
+            hook, priority = CHAINS[chain]
+            lines += [
+                f"chain c-{chain} {{ type filter hook {hook} priority {priority};",
+                f'udp dport {ports} log prefix "{self.name}-{chain}: "; }}',
+            ]
+        text = "\n".join([*lines, "}"])
+        run(self.pid, f"nft -f - <<'X'\n{text}\nX")
+
+    def close(self) -> None:
+        """Take the helper away, and with it the interfaces."""
+        self.helper.kill()
+        self.helper.wait()
+
+
+def traffic(nets: Iterable[Net], count: int, pace_s: float) -> Counter[str]:
+    """Send `count` packets in, out and through each, all at once; what lines are to come."""
+    nets = list(nets)
+    running = []
+    for net in nets:
+        running += [
+            sender(net.helper.pid, "10.9.0.1", 5001, count, pace_s),
+            sender(net.helper.pid, "10.9.1.9", 5002, count, pace_s),
+            sender(net.pid, "10.9.0.9", 5003, count, pace_s),
+        ]
+    for each in running:
+        assert each.wait(DEADLINE_S) == 0
+    expected: Counter[str] = Counter()
+    for net in nets:
+        for chain in ("premin", "pre"):
+            expected[f"{net.name}-{chain}"] += 2 * count
+        expected[f"{net.name}-in"] += count
+        expected[f"{net.name}-fwd"] += count
+        expected[f"{net.name}-outmin"] += count
+        expected[f"{net.name}-out"] += count
+        expected[f"{net.name}-post"] += 2 * count
+    return expected
+
+
+def prefixes(lines: Iterable[str]) -> Counter[str]:
+    """How many lines of each rule there are."""
+    return Counter(line.split(": ")[0] for line in lines if ": IN=" in line)
