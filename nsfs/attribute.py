@@ -29,6 +29,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+FILE_SIZE = 4096
+"""st_size of every file: 0 would read as empty with sendfile(2) and busybox."""
 VALUE_MAX = 4096
 """The longest value that a control file takes, in bytes."""
 
@@ -77,6 +79,13 @@ class OpenFile:
         `request` names the request: one with the same number is the same one again.
         """
         raise OSError(errno.EINVAL, "not open for reading")
+
+    def seek(self, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE, the only ones that a filesystem is asked about: a
+        file without holes.  Returns the new offset; ENXIO beyond the end."""
+        if offset >= FILE_SIZE:
+            raise OSError(errno.ENXIO, "beyond the end")
+        return offset if whence == os.SEEK_DATA else FILE_SIZE
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """Take `data`; returns how many bytes were taken."""

@@ -23,8 +23,9 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
-from nsfs import lifecycle, members
+from nsfs import lifecycle, members, takeover
 from nsfs.attribute import (
+    FILE_SIZE,
     HIDDEN,
     PARENTS,
     VALUE_MAX,
@@ -46,8 +47,6 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 1.0
 """How long the kernel may believe an entry and its attributes; what changes before is
 invalidated."""
-SIZE = 4096
-"""st_size of every file: 0 would read as empty with sendfile(2) and busybox."""
 CHILD_COOKIE = 1 << 40
 """Where the directory offsets of children begin, past those of the static entries."""
 NOBODY = 65534
@@ -322,7 +321,7 @@ class Operations(pyfuse3.Operations):
         attr.st_nlink = 1
         attr.st_uid, attr.st_gid = uid, gid
         attr.st_rdev = 0
-        attr.st_size = 0 if stat.S_ISDIR(mode) else SIZE
+        attr.st_size = 0 if stat.S_ISDIR(mode) else FILE_SIZE
         attr.st_blksize = 4096
         attr.st_blocks = 0
         attr.st_atime_ns = attr.st_ctime_ns = attr.st_mtime_ns = mtime_ns
@@ -685,7 +684,11 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """FUSE_READ."""
         unique = self.request()
-        return await self._opened(fh).read(off, size, unique)
+        opened = self._opened(fh)
+        seek = takeover.seek(off)
+        if seek is not None:
+            return takeover.sought(opened.seek(*seek))
+        return await opened.read(off, size, unique)
 
     @waiting
     async def write(self, fh: int, off: int, buf: bytes) -> int:

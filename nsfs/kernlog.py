@@ -83,7 +83,7 @@ class Task:
 
     container: Container
     net: int
-    """Inode number of its network namespace."""
+    """Inode number of its network namespace; 0: it has none any more."""
     begun_ns: int
     looked_ns: int
 
@@ -344,7 +344,10 @@ class Router:
             found = members.container_of(self.world.root, tid)
             if found is None or found.parent is None:
                 return None
-            net = namespaces.identity(tid, "net")
+            net = 0
+            # One that has ended, and was not reaped, has no namespaces.
+            with contextlib.suppress(FileNotFoundError):
+                net = namespaces.identity(tid, "net")
             # In whole ticks, so it may have begun a tick later than this says.
             ticks = start_time(tid)
         except (OSError, IndexError):

@@ -25,7 +25,7 @@ WAIT_S = 0.05
 """How long a line waits for what tells whose it is."""
 FOLLOW_S = 0.02
 """How long a line of the output hook waits for the mark that follows it."""
-FOLLOW_NS = 200_000
+FOLLOW_NS = 2_000_000
 """How soon after a line that mark comes."""
 OOM_S = 1.0
 """How soon after `oom-kill:` the line about the process that was killed comes."""
@@ -454,13 +454,14 @@ class Joiner:
         self._events: dict[int, Event] = {}
         self._by_text: dict[bytes, deque[int]] = {}
         self._serial = 0
-        self._followers: dict[tuple[bool, int], Mark] = {}
+        self._followers: dict[tuple[bool, int], deque[Mark]] = {}
 
     def add_event(self, event: Event | Follower) -> None:
         """An event has come."""
         if isinstance(event, Follower):
-            self._followers.pop(event.context, None)
-            self._followers[event.context] = event.mark
+            same = self._followers.pop(event.context, None) or deque(maxlen=256)
+            same.append(event.mark)
+            self._followers[event.context] = same
             if len(self._followers) > 1024:
                 del self._followers[next(iter(self._followers))]
             return
@@ -509,9 +510,11 @@ class Joiner:
         # A chain of the output hook at the lowest priority prints before the packet's first mark.
         if each.net is not None or packet.incoming or not packet.outgoing or not event.groups:
             return True
-        mark = self._followers.get(event.context)
-        if mark is None or not 0 <= mark.time_ns - event.time_ns <= FOLLOW_NS:
-            return False
+        later = (m for m in self._followers.get(event.context, ()) if m.time_ns >= event.time_ns)
+        mark = next(later, None)
+        if mark is None or mark.time_ns > event.time_ns + FOLLOW_NS:
+            # A later one that is too late: it was not made for this line.
+            return mark is not None
         if agrees(mark, packet):
             each.net = mark.net
         return True

@@ -32,6 +32,26 @@ _IN_HEADER = struct.Struct("=4xIQQ8xI")
 _VARIABLES = ("NSFS_FUSE_FD", "NSFS_INFLIGHT_FD", "NSFS_SUPERVISOR_FD")
 
 
+_SEEK = 1 << 62
+_WHENCE_SHIFT = 56
+
+
+def seek(offset: int) -> tuple[int, int] | None:
+    """An lseek(2) in the guise of a read at that offset: (offset, whence), or None for a read.
+
+    pyfuse3 knows no LSEEK, so the interposer makes a read of it.  The answer to it is the new
+    offset, as `sought` has it.
+    """
+    if not offset & _SEEK:
+        return None
+    return offset & (1 << _WHENCE_SHIFT) - 1, offset >> _WHENCE_SHIFT & 7
+
+
+def sought(offset: int) -> bytes:
+    """The answer to an lseek(2): struct fuse_lseek_out."""
+    return struct.pack("=Q", offset)
+
+
 class Request(NamedTuple):
     """A request that was read from the kernel and is not answered yet."""
 

@@ -204,6 +204,27 @@ static void take_stock(int fd)
 	head->takeover = init_due && !is_waiting(fd, ((struct fuse_in_header *)head->init)->unique);
 }
 
+/*
+ * pyfuse3 has no operation for LSEEK, but one for READ, whose answer is bytes: the eight of a struct
+ * fuse_lseek_out will do.  The offset, one that no read has, tells what it is (takeover.seek()).  An
+ * answer of ENOSYS, which is libfuse's, would end SEEK_DATA for the whole mount.
+ */
+static ssize_t as_read(struct fuse_in_header *in)
+{
+	const struct fuse_lseek_in seek = *(const struct fuse_lseek_in *)(in + 1);
+	struct fuse_read_in *read_in = (struct fuse_read_in *)(in + 1);
+
+	*read_in = (struct fuse_read_in){
+		.fh = seek.fh,
+		.offset = INFLIGHT_SEEK | (uint64_t)(seek.whence & 7) << INFLIGHT_WHENCE_SHIFT |
+			  (seek.offset & ((1ULL << INFLIGHT_WHENCE_SHIFT) - 1)),
+		.size = sizeof(struct fuse_lseek_out),
+	};
+	in->opcode = FUSE_READ;
+	in->len = sizeof(*in) + sizeof(*read_in);
+	return (ssize_t)in->len;
+}
+
 static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool replayed,
 			 void *buffer, size_t size)
 {
@@ -218,6 +239,9 @@ static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool rep
 		.unique = in->unique, .nodeid = in->nodeid, .opcode = in->opcode,
 		.pid = in->pid, .uid = in->uid, .gid = in->gid, .replayed = replayed,
 	};
+	if (in->opcode == FUSE_LSEEK && bytes == sizeof(*in) + sizeof(struct fuse_lseek_in) &&
+	    size >= sizeof(*in) + sizeof(struct fuse_read_in))
+		return as_read(buffer);
 	return (ssize_t)bytes;
 }
 

@@ -39,7 +39,7 @@ enum { BPF_NOEXIST = 1 };
 enum { NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, ETH_P_IP = 0x0800, ETH_P_IPV6 = 0x86dd };
 enum { IFF_EBRIDGE = 1 << 1 };
 enum { NF_INET_LOCAL_OUT = 3, NF_ACCEPT = 1 };
-enum { YOUNG_NS = 1000000, FOLLOWS_NS = 200000 };
+enum { YOUNG_NS = 2000000, FOLLOWS_NS = 2000000 };
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct net {

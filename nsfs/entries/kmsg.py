@@ -84,6 +84,12 @@ class DeviceFile(_LogFile):
         super().__init__(face, token, flags, reopened)
         self.reader = DeviceReader(self.log, self.known, self.keep)
 
+    def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA 0: to the first record after the last clear; ESPIPE for an offset, EINVAL for
+        another whence."""
+        place: int = self.reader.seek(offset, whence)
+        return place
+
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """One record; waits for it unless the file was opened with O_NONBLOCK."""
         data: bytes = await self.reader.read(size, offset, nonblock=self.nonblock, token=request)

@@ -172,3 +172,37 @@ def test_the_log_outlives_the_init(web: Container) -> None:
     os.kill(web.init, 9)
     wait_until(lambda: not Path(f"/proc/{os.getpid()}/nope").exists(), "")
     assert "remember" in web.read("kmsg")
+
+
+def test_what_was_cleared_is_not_shown_by_dmesg(web: Container) -> None:
+    web.run("echo before > /dev/kmsg")
+    subprocess.run(["sh", "-c", f": > {web / 'kmsg'}"], check=True)
+    web.run("echo after > /dev/kmsg")
+    out = web.run("dmesg")
+    assert "after" in out
+    assert "before" not in out
+    # Cleared is not gone: reading from the first record shows it.
+    assert "before" in web.run("timeout 5 head -n 1 /dev/kmsg")
+
+
+def test_seeking_as_the_document_says(web: Container) -> None:
+    web.run("echo one > /dev/kmsg; echo two > /dev/kmsg")
+    script = (
+        "import os, errno\n"
+        "fd = os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "def what(f, *a):\n"
+        "    try: return f(*a)\n"
+        "    except OSError as e: return errno.errorcode[e.errno]\n"
+        "print(what(os.read, fd, 999)[-4:], what(os.lseek, fd, 0, os.SEEK_END))\n"
+        "print(what(os.read, fd, 999))\n"
+        "print(what(os.lseek, fd, 0, os.SEEK_SET), what(os.read, fd, 999)[-4:])\n"
+        "print(what(os.lseek, fd, 0, os.SEEK_DATA), what(os.read, fd, 999)[-4:])\n"
+        "print(what(os.lseek, fd, 5, os.SEEK_DATA), what(os.lseek, fd, 0, os.SEEK_HOLE))\n"
+    )
+    assert web.run(f'python3 -c "{script}"').splitlines() == [
+        "b'one\\n' 4096",
+        "EAGAIN",
+        "0 b'one\\n'",
+        "0 b'one\\n'",
+        "ESPIPE EINVAL",
+    ]

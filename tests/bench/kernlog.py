@@ -1,0 +1,101 @@
+"""How many LOG lines reach their container, in each tier: python -m tests.bench.kernlog [LINES].
+
+Four network namespaces with the same addresses and interface names (containers a and b, c nested in
+a, f that is nobody's) get packets in, through and out, rules before and after the marks logging
+each.  In bursts of some hundred lines, which is what the host's log holds.  Run it in a mount
+namespace of its own, as scripts/bench does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.integration.conftest import Container, serving, wait_until
+from tests.integration.firewall import CHAINS, Net, prefixes, traffic
+from tests.integration.test_kernel_lines import kernel, texts
+
+LINES_A_PACKET = 9 / 3
+"""Of the three packets of a round, one comes in (3 lines), one goes through (4), one out (3)."""
+
+
+def measure(tier: str, lines: int, pace_s: float) -> dict[str, object]:
+    """Delivered and lost, right and wrong, in one tier."""
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = base / "nsfs.conf"
+        config.write_text(
+            f"[log]\nkernel_lines = {tier}\nfirewall_rate = max\nrate = max\nbytes = 16M\n"
+        )
+        instance = stack.enter_context(serving(base, ["--config", str(config)]))
+        paths = {"a": base / "tree/a", "b": base / "tree/b", "c": base / "tree/a/c"}
+        for path in paths.values():
+            path.mkdir()
+        boxes = {name: Container(path) for name, path in paths.items()}
+        foreign = subprocess.Popen(["unshare", "-n", "sleep", "10000"])
+        stack.callback(foreign.wait)
+        stack.callback(foreign.kill)
+        time.sleep(1)
+        nets = []
+        for name, pid in [*((n, c.init) for n, c in boxes.items()), ("f", foreign.pid)]:
+            nets.append(Net(name, pid))
+            stack.callback(nets[-1].close)
+            nets[-1].rules()
+        time.sleep(2.5)
+        (base / "tree/kmsg").write_text("")
+        before = instance.status()["kernel_lines"]["lines"]
+        expected: Counter[str] = Counter()
+        rounds = lines // (4 * 10)
+        while rounds > 0:
+            expected += traffic(nets, min(rounds, 60), pace_s)
+            rounds -= 60
+        with contextlib.suppress(AssertionError):
+            wait_until(
+                lambda: instance.status()["kernel_lines"]["firewall_lines"]
+                >= sum(expected.values()),
+                "all lines are read",
+                10,
+            )
+        time.sleep(1)
+        status = instance.status()["kernel_lines"]
+        wrong = own = right = 0
+        missing: Counter[str] = Counter()
+        for name, box in boxes.items():
+            found = prefixes(kernel(box))
+            wrong += sum(n for p, n in found.items() if not p.startswith(f"{name}-"))
+            for prefix, count in expected.items():
+                if prefix.startswith(f"{name}-"):
+                    own += count
+                    right += min(found[prefix], count)
+                    if found[prefix] != count:
+                        missing[prefix.split("-")[1]] += count - found[prefix]
+        host = prefixes(texts((base / "tree/kmsg").read_text()))
+        result = {
+            "tier": tier,
+            "lines": sum(expected.values()),
+            "read": status["lines"] - before,
+            "own": own,
+            "delivered": right,
+            "percent": round(100 * right / own, 3),
+            "wrong": wrong,
+            "missing": dict(missing),
+            "host_of_f": sum(n for p, n in host.items() if p.startswith("f-")),
+            "of_f": sum(n for p, n in expected.items() if p.startswith("f-")),
+            "chains": list(CHAINS),
+            "status": status,
+        }
+        subprocess.run(["rm", "-rf", str(paths["a"]), str(paths["b"])], check=True)
+        instance.settled()
+    return result
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    for each in sys.argv[2:] or ["exact", "context", "own"]:
+        print(json.dumps(measure(each, count, 0.005)), flush=True)
