@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     log = commands.add_parser("log", help="what the supervisor and the daemon have logged")
     log.add_argument("dir", nargs="?", metavar="DIR")
     log.set_defaults(run=do_log)
+    # They parse the rest themselves: what is behind `--` is nobody's but the command's.
+    commands.add_parser("enter", add_help=False, help="a session in a container")
+    commands.add_parser("run", add_help=False, help="make a container, run a command, remove it")
     return top
 
 
@@ -227,7 +230,12 @@ def _word(value: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The program."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("enter", "run"):
+        from nsfs import run
+
+        return run.run(words[1:]) if words[0] == "run" else run.enter(words[1:])
+    args = parser().parse_args(words)
     try:
         code: int = args.run(args)
         return code

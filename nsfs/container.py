@@ -219,6 +219,8 @@ class Container:
     """The FUSE request that made it, by which a repeated one is recognised."""
     since: float = 0.0
     reason: str = ""
+    nflog: tuple[int, ...] = ()
+    """NFLOG groups whose packets are lines of its log."""
     children: dict[str, Container] = field(default_factory=dict)
     faces: dict[int, int] = field(default_factory=dict)
     """Viewpoint's number to face's number."""
@@ -355,6 +357,7 @@ class Container:
                 "range": self.range,
                 "request": self.request,
                 "since": self.since,
+                "nflog": self.nflog,
                 "faces": self.faces,
                 "pins": self.pins,
             },
@@ -399,6 +402,7 @@ class Container:
         self.range = record["range"]
         self.request = record["request"]
         self.since = record["since"]
+        self.nflog = tuple(record.get("nflog", ()))
         self.pins = [(v, p) for v, p in record["pins"]]
         self.faces = {int(k): v for k, v in record["faces"].items()}
 

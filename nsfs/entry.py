@@ -1,9 +1,10 @@
 """Entry: how a process comes to be in a further container.
 
-There are three ways, all of them by link(2) into a container's `procs/`:
+There are three ways, all of them by way of a container's `procs/`:
 
-* the session program (csrc/enter.c) links `init` to `nsfs.enter.FD`: one end of a socketpair that it
-  has as descriptor FD, the channel, is taken from it, and what entering needs is sent by that;
+* the session program (csrc/enter.c) sets the attribute ENTER_ATTRIBUTE of the directory to the
+  number of a descriptor, one end of a socketpair: that end, the channel, is taken from it, and what
+  entering needs is sent by that.  (A link(2) would be two requests.);
 * an ln(1) that links `procs/self` becomes the session program;
 * any other process that is linked is moved in place.
 
@@ -23,12 +24,12 @@ import struct
 
 from nsfs import namespaces
 from nsfs.attribute import Caller
-from nsfs.container import Container, Face
+from nsfs.container import Container, Face, Phase
 from nsfs.spawner import Init
 from nsfs.world import process_of
 
-ENTER_PREFIX = "nsfs.enter."
-"""The session program links to this name and the number of a descriptor."""
+ENTER_ATTRIBUTE = b"user.nsfs.enter"
+"""The extended attribute of `procs/` by which the session program asks."""
 
 _OFFER = struct.Struct("=iIII")
 _SYS_PIDFD_GETFD = 438  # the same on every architecture
@@ -36,8 +37,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def take_fd(pid: int, number: int) -> int:
-    """A duplicate of a process's descriptor (pidfd_getfd(2)): EBADF when it has none such."""
-    pid_fd = os.pidfd_open(pid)
+    """A duplicate of the descriptor of a thread (pidfd_getfd(2)): EBADF when it has none such."""
+    try:
+        pid_fd = os.pidfd_open(pid)
+    except OSError as error:
+        # A thread that does not lead its group.
+        if error.errno != errno.EINVAL:
+            raise
+        pid_fd = os.pidfd_open(process_of(pid)[0])
     try:
         fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pid_fd, number, 0))
     finally:
@@ -62,7 +69,7 @@ def check_open(container: Container) -> None:
     if container.parent is None:
         raise PermissionError(errno.EPERM, "everybody is in the root container", "")
     container.check_alive()
-    if not container.settled.is_set() or container.group.events()["frozen"]:
+    if container.phase is Phase.REBUILDING or container.group.events()["frozen"]:
         raise OSError(errno.EBUSY, "the container is frozen", container.name)
 
 
@@ -83,12 +90,12 @@ async def send_offer(container: Container, channel: socket.socket) -> None:
 
 
 async def enter_program(face: Face, name: str, caller: Caller) -> None:
-    """The session program asks to enter: `name` is nsfs.enter.FD or nsfs.enter.FD:TYPES."""
-    number, _, types = name.removeprefix(ENTER_PREFIX).partition(":")
+    """The session program asks to enter: `name` is FD or FD:TYPES."""
+    number, _, types = name.partition(":")
     if not (number.isascii() and number.isdigit() and len(number) < 8):
         raise OSError(errno.EINVAL, "not the number of a descriptor", name)
     check_open(face.container)
-    with socket.socket(fileno=take_fd(process_of(caller.tid)[0], int(number))) as channel:
+    with socket.socket(fileno=take_fd(caller.tid, int(number))) as channel:
         if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             raise OSError(errno.EINVAL, "not a channel", name)
         if types:
@@ -99,7 +106,4 @@ async def enter_program(face: Face, name: str, caller: Caller) -> None:
 async def link(face: Face, name: str, source: Face, key: int, caller: Caller) -> None:
     """link(2) into `procs/`: `key` is the PID that `source` knows the process by, 0 when what is linked
     is no process."""
-    if name.startswith(ENTER_PREFIX):
-        await enter_program(face, name, caller)
-        return
     raise PermissionError(errno.EPERM, "not yet", name)

@@ -39,6 +39,7 @@ from nsfs.attribute import (
 )
 from nsfs.authority import check_seen_once
 from nsfs.container import Container, Face, Phase
+from nsfs.entry import ENTER_ATTRIBUTE, enter_program
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, Names, Node, Tables
 from nsfs.world import Processes, World, process_lives
 
@@ -594,11 +595,7 @@ class Operations(pyfuse3.Operations):
         entry = target.entry
         keyed = source.ino & NUMBER_MASK >= KEYED
         name = os.fsdecode(new)
-        if (
-            not isinstance(entry, Directory)
-            or entry.link is None
-            or not (keyed or name.startswith("nsfs."))
-        ):
+        if not isinstance(entry, Directory) or entry.link is None or not keyed:
             raise PermissionError(errno.EPERM, "only processes are linked", name)
         await entry.link(target.face, name, source.face, source.key, _caller(ctx))
         attr = self.attributes(source)
@@ -732,9 +729,17 @@ class Operations(pyfuse3.Operations):
         """FUSE_LISTXATTR: likewise."""
         raise FUSEError(errno.ENOSYS)
 
+    @boundary
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
-        """FUSE_SETXATTR: likewise."""
-        raise FUSEError(errno.ENOSYS)
+        """FUSE_SETXATTR: the session program asks to enter.
+
+        Not ENOSYS for all others: that would be the last request of this kind.
+        """
+        node = self.node(inode)
+        entry = node.entry
+        if name != ENTER_ATTRIBUTE or not isinstance(entry, Directory) or entry.link is None:
+            raise OSError(errno.EOPNOTSUPP, "no such attribute", entry.name)
+        await enter_program(node.face, os.fsdecode(value), _caller(ctx))
 
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
         """FUSE_REMOVEXATTR: likewise."""

@@ -13,10 +13,12 @@ no daemon stay with the host.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from nsfs import klines, members, namespaces
+from nsfs import klines, members, namespaces, nflog
 from nsfs.container import Container, Phase
 from nsfs.klines import Event, Joiner, Judge, Packet, Waiting
 from nsfs.marker import Frame, Marker, Tier
@@ -44,6 +46,8 @@ TOKEN = 1 << 62
 ALL_NETNS = "/proc/sys/net/netfilter/nf_log_all_netns"
 PAUSE_S = 10.0
 """How long the breaker keeps LOG lines off."""
+OLD_S = 5.0
+"""Older LOG lines do not make the breaker act."""
 CONT = 8
 NS_GET_USERNS = 0xB701
 """ioctl_ns(2)."""
@@ -107,13 +111,23 @@ class FirewallLog:
         except OSError as error:
             log.info("LOG lines of containers cannot be switched on: %s", error)
             return
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A note that another instance's mount namespace hides is that one's to put back: so not for
+        # ever.
+        for _ in range(3):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
+                # The last one of the others may just have put it back.
+                if os.path.exists(note):
+                    break
+                continue
             # A daemon that was killed left its note and the sysctl on.
             if not os.path.exists(note):
                 with open(note, "w", encoding="ascii") as file:
                     file.write(self._read())
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            break
         self._write("1")
 
     def _read(self) -> str:
@@ -184,12 +198,16 @@ class Router:
         self._groups: dict[int, Container] = {}
         """By the ID of the v2 group of its members."""
         self._tasks: dict[int, Task] = {}
+        self._nflog: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
+        """What reads the NFLOG groups of a container, by its number."""
         self._recent: deque[float] = deque()
         """When LOG lines came, in the last second."""
         self._concerned: set[int] = set()
         self._changes, self._todo = trio.open_memory_channel[tuple[Container, bool]](100_000)
         world.started = self._started
         world.ended = self._ended
+        world.firewall_stat = self._firewall_stat
+        world.subscribe = self.subscribe
 
     # --- what is known of containers ---
 
@@ -218,6 +236,8 @@ class Router:
             self._groups[os.stat(container.group.payload).st_ino] = container
         if container.own("net"):
             await self._attach(f"/proc/{container.init_pid}/ns/net", container)
+            if container.nflog and container.number not in self._nflog:
+                await self.subscribe(container, container.nflog)
 
     async def _attach(self, path: str, container: Container | None) -> int:
         marker = self._marker
@@ -238,6 +258,8 @@ class Router:
             os.close(net_fd)
 
     async def _remove(self, container: Container) -> None:
+        if container.number in self._nflog:
+            self._nflog[container.number][0].cancel()
         for ident in [i for i, each in self._groups.items() if each is container]:
             del self._groups[ident]
         for cookie in [n.cookie for n in self._networks.values() if n.container is container]:
@@ -317,6 +339,77 @@ class Router:
                 os.close(net_fd)
             networks[cookie] = _network(cookie, holders.get(inode), rows)
         self._networks = networks
+
+    # --- NFLOG ---
+
+    async def subscribe(self, container: Container, groups: tuple[int, ...]) -> None:
+        """Make the packets of these NFLOG groups of its network lines of its log, and no others.
+
+        EBUSY: another has one of the groups.  EOPNOTSUPP: there is no nsfs-marker.
+        """
+        if self._marker is None:
+            raise OSError(errno.EOPNOTSUPP, "kernel lines are not routed", container.name)
+        if container.number in self._nflog:
+            scope, closed = self._nflog[container.number]
+            scope.cancel()
+            # The same groups cannot be bound before its socket is closed.
+            await closed.wait()
+        if not groups:
+            return
+        path = f"/proc/{container.init_pid}/ns/net"
+        net_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = await self._marker.netfilter_socket(net_fd)
+        except BaseException:
+            os.close(net_fd)
+            raise
+        netlink = socket.socket(fileno=fd)
+        try:
+            for group in groups:
+                for message in nflog.bind_messages(group):
+                    netlink.send(message)
+                    # The kernel has answered when send(2) returns.
+                    for answer in nflog.parse(netlink.recv(65536)):
+                        if isinstance(answer, int) and answer:
+                            raise OSError(answer, os.strerror(answer), f"NFLOG group {group}")
+        except BaseException:
+            netlink.close()
+            os.close(net_fd)
+            raise
+        self._nflog[container.number] = (trio.CancelScope(), trio.Event())
+        self.world.start(self._read_nflog, container, netlink, net_fd)
+
+    async def _read_nflog(self, container: Container, netlink: socket.socket, net_fd: int) -> None:
+        scope, closed = self._nflog[container.number]
+        names: dict[int, str] = {}
+        with scope:
+            try:
+                while True:
+                    await trio.lowlevel.wait_readable(netlink)
+                    try:
+                        data = netlink.recv(1 << 18)
+                    except OSError as error:
+                        # ENOBUFS: some were lost.
+                        if error.errno in (errno.EAGAIN, errno.ENOBUFS):
+                            continue
+                        raise
+                    for each in nflog.parse(data):
+                        if isinstance(each, int):
+                            continue
+                        wanted = {each.incoming, each.outgoing} - {0}
+                        if not wanted <= names.keys() and self._marker is not None:
+                            _, rows = await self._marker.describe(net_fd)
+                            names = {int(n): name for kind, name, n in rows if kind == "index"}
+                        log_ = container.holder(namespaces.SYSLOG)
+                        log_.log.append(nflog.line(each, names), level=4, facility=0)
+                        log_.log_changed_ns = time.time_ns()
+            except OSError as error:
+                log.info("NFLOG of %s: %s", container.name, error)
+            finally:
+                os.close(net_fd)
+                netlink.close()
+                del self._nflog[container.number]
+                closed.set()
 
     # --- Owners, for Judge ---
 
@@ -499,7 +592,7 @@ class Router:
         self.counts.lines += 1
         owner = self._judge.owner(each)
         if isinstance(each.subject, Packet):
-            self._count_firewall(owner, event)
+            self._count_firewall(owner, each)
         if owner is not None and owner.phase is not Phase.GONE:
             self.counts.delivered += 1
             holder = owner.holder(namespaces.SYSLOG)
@@ -520,15 +613,18 @@ class Router:
 
     # --- the breaker ---
 
-    def _count_firewall(self, owner: Container | None, event: Event | None) -> None:
+    def _count_firewall(self, owner: Container | None, each: Waiting) -> None:
+        printed_s = each.record.usec / 1e6
+        # The log's own clock may be a little off; what was printed before we came does not count.
+        if printed_s < time.monotonic() - OLD_S:
+            return
         self.counts.firewall += 1
         if owner is not None:
             self._concerned.add(owner.number)
-        elif event is not None and event.marks:
+        elif each.event is not None and each.event.marks:
             self.counts.uncertain += 1
-        now_s = event.time_ns / 1e9 if event is not None else time.monotonic()
-        self._recent.append(now_s)
-        while self._recent[0] < now_s - 1.0:
+        self._recent.append(printed_s)
+        while self._recent[0] < printed_s - 1.0:
             self._recent.popleft()
 
     async def _break(self) -> None:
@@ -537,7 +633,7 @@ class Router:
             await trio.sleep(0.1)
             switch = self.firewall_log
             if switch is None or self._rate is None or len(self._recent) <= self._rate:
-                if self._recent and self._recent[-1] < time.monotonic() - 5:
+                if self._recent and self._recent[-1] < time.monotonic() - OLD_S:
                     self._concerned.clear()
                 continue
             switch.pause()
@@ -559,6 +655,10 @@ class Router:
             each.log_changed_ns = time.time_ns()
 
     # --- what is told of it ---
+
+    def _firewall_stat(self) -> tuple[int, int, int]:
+        paused = bool(self.firewall_log and self.firewall_log.paused)
+        return self.counts.firewall, int(paused), self.counts.pauses
 
     def status(self) -> dict[str, object]:
         """For `nsfs status`."""
@@ -585,7 +685,7 @@ def _network(
     for kind, name, value in rows:
         if kind == "link":
             network.links[name] = value
-        else:
+        elif kind == "addr":
             network.addresses.add((name, klines.address(value)))
     return network
 

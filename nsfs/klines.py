@@ -141,7 +141,7 @@ def parse_event(data: bytes) -> Event | Follower | None:
         # Its packet is gone.
         if not stamp:
             continue
-        used = 4 if rest[2] == IPV4 else 16
+        used = 16 if rest[2] == IPV6 else 4
         marks.append(
             Mark(
                 stamp,
@@ -522,10 +522,9 @@ class Joiner:
     # Inside.
 
     def _drop(self, serial: int) -> None:
-        """Forget an event, the oldest of its text."""
         text = self._events.pop(serial).text
         same = self._by_text[text]
-        same.popleft()
+        same.remove(serial)
         if not same:
             del self._by_text[text]
 
@@ -558,7 +557,7 @@ class Joiner:
                 pieces.append(serial)
                 if not rest:
                     break
-            if not rest and all(self._by_text[self._events[n].text][0] == n for n in pieces):
+            if not rest:
                 for serial in pieces:
                     self._drop(serial)
                 return first

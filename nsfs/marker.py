@@ -197,8 +197,8 @@ class Marker:
         await self._ask(_DETACH, cookie=cookie)
 
     async def describe(self, net_fd: int) -> tuple[int, list[tuple[str, str, str]]]:
-        """A network namespace's cookie and interfaces: ("link", name, MAC address) and ("addr",
-        name, address)."""
+        """A network namespace's cookie and interfaces: ("link", name, MAC address), ("index",
+        name, number) and ("addr", name, address)."""
         cookie, text, _ = await self._ask(_DESCRIBE, net_fd)
         rows = [line.split() for line in text.splitlines()]
         return cookie, [(row[0], row[1], row[2]) for row in rows if len(row) == 3]

@@ -457,6 +457,9 @@ class Command:
         return await self.init.wait(self.token)
 
 
+_PROVE_REQUEST = _INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
 class Init:
     """The init of a container; each request is a connection of its own, so none is kept."""
 
@@ -548,11 +551,22 @@ class Init:
     async def hand_over(self) -> socket.socket:
         """A connection to be given to a session program: commands are taken from it only when the
         kernel vouches for their sender as one who may be the container's root."""
-        with await self._connect() as sock:
-            await sock.sendmsg([_INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)])
-            given = socket.socket(fileno=os.dup(sock.fileno()))
-        # It shares that with ours.
-        given.setblocking(True)
+        given = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            with _short(self.socket_path) as path:
+                while True:
+                    try:
+                        given.connect(path)
+                        break
+                    except BlockingIOError:
+                        await trio.sleep(0.01)
+                    except (ConnectionRefusedError, FileNotFoundError) as error:
+                        raise OSError(errno.ENODEV, "the container is dead") from error
+            given.send(_PROVE_REQUEST)
+            given.setblocking(True)
+        except BaseException:
+            given.close()
+            raise
         return given
 
     async def _connect(self) -> trio.socket.SocketType:

@@ -79,6 +79,10 @@ class World:
         """A container runs."""
         self.ended: Callable[[Container], None] = lambda container: None
         """It does not any more."""
+        self.subscribe: Callable[[Container, tuple[int, ...]], Awaitable[None]]
+        """Make the packets of these NFLOG groups lines of a container's log."""
+        self.firewall_stat: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+        """LOG lines that were printed, whether they are off now, how often they were."""
         self.device_numbers = (0, 0)
         """Of the mount: major and minor."""
         self.changed: Callable[[Container], None] = lambda container: None

@@ -12,8 +12,8 @@
  * terminal or pipes made inside; their other ends come here, and are relayed to whatever descriptors 0, 1 and 2
  * are.  So no descriptor, no memory and nothing of the environment but PASSED below gets in.
  *
- * Entering: link(2) of `C/init` to `C/procs/nsfs.enter.FD`, FD being one end of a socketpair, the channel; the daemon takes
- * the other and answers with a struct entry_offer.  Whether the caller may is the kernel's to say, twice: it must be
+ * Entering: setxattr(2) of ENTER_ATTRIBUTE of C/procs to the number of a descriptor, one end of a socketpair, the channel:
+ * the daemon takes that and answers by it with a struct entry_offer.  Whether the caller may is the kernel's to say, twice: it must be
  * allowed to write to the directory C/procs, and to become the root of the container's user namespace: what it sends to
  * the init goes with SCM_CREDENTIALS of that root, from within the user namespace if need be.
  *
@@ -47,12 +47,14 @@
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <termios.h>
 #include <unistd.h>
 
 #include "protocol.h"
 
 #define TREE "/sys/namespaces/"
+#define ENTER_ATTRIBUTE "user.nsfs.enter"
 #define INITIAL_USER_INO 0xeffffffdU	/* include/linux/proc_ns.h: PROC_USER_INIT_INO */
 #define CHUNK 4096	/* what a pipe that polls writable takes without blocking (pipe(7)) */
 #define LAST_WORDS_MS 100	/* how long the terminal of a session that has ended may still say something */
@@ -81,6 +83,7 @@ static const int FORWARDED[] = {
 struct stream {
 	int from_fd, to_fd;	/* -1: ended */
 	bool inward;		/* from outside to inside */
+	bool in_step;		/* of a file: read on only when all that was read before has been taken */
 	size_t start, end;	/* what is in data and not written yet */
 	char data[16 * CHUNK];
 };
@@ -88,7 +91,7 @@ struct stream {
 static const char *name = "";	/* of the container, for messages */
 static char **command;
 static bool on_terminal;	/* 0 and 1 are one, so there is one inside */
-static struct termios outer_mode;
+static struct termios outer_mode, raw_mode;
 static bool is_raw;
 static int guardian_fd = -1;
 static pid_t guardian;
@@ -104,17 +107,9 @@ static size_t stream_count;
 
 static void set_raw(bool raw)
 {
-	struct termios mode = outer_mode;
-
 	if (!on_terminal || raw == is_raw)
 		return;
-	if (raw) {
-		cfmakeraw(&mode);
-		/* Errors that go to somewhere else pass no terminal that would end their lines properly. */
-		if (!isatty(STDERR_FILENO))
-			mode.c_oflag = outer_mode.c_oflag;
-	}
-	while (tcsetattr(STDIN_FILENO, TCSADRAIN, &mode) && errno == EINTR)
+	while (tcsetattr(STDIN_FILENO, TCSADRAIN, raw ? &raw_mode : &outer_mode) && errno == EINTR)
 		;
 	is_raw = raw;
 }
@@ -163,9 +158,15 @@ static bool in_foreground(void)
 /* A process that puts the terminal right should we be killed by what nobody can catch. */
 static void start_guardian(void)
 {
+	struct termios now;
 	int ends[2];
 	char byte;
 
+	raw_mode = outer_mode;
+	cfmakeraw(&raw_mode);
+	/* Errors that go elsewhere pass no terminal inside that would end their lines properly. */
+	if (!isatty(STDERR_FILENO))
+		raw_mode.c_oflag = outer_mode.c_oflag;
 	if (pipe2(ends, O_CLOEXEC))
 		return;
 	guardian = fork();
@@ -173,15 +174,15 @@ static void start_guardian(void)
 		sigset_t all;
 
 		sigfillset(&all);
-		/* Not that one: a shell with job control that has taken the terminal back needs no help. */
-		sigdelset(&all, SIGTTOU);
 		sigprocmask(SIG_SETMASK, &all, NULL);
 		prctl(PR_SET_NAME, "nsfs-terminal");
 		(void)dup2(ends[0], 3);
 		syscall(SYS_close_range, 4, ~0U, 0);
 		(void)close(STDOUT_FILENO);
 		(void)close(STDERR_FILENO);
-		if (read(3, &byte, 1) == 0)
+		/* A shell that has noticed first, and set it as it likes, needs no help. */
+		if (read(3, &byte, 1) == 0 && !tcgetattr(STDIN_FILENO, &now) &&
+		    now.c_lflag == raw_mode.c_lflag && now.c_iflag == raw_mode.c_iflag)
 			(void)tcsetattr(STDIN_FILENO, TCSANOW, &outer_mode);
 		_exit(0);
 	}
@@ -711,6 +712,9 @@ static void take_stdio(void)
 		non_blocking(fds[i]);
 	if (!on_terminal) {
 		add_stream(STDIN_FILENO, fds[0], true);
+		/* A pipe of one page polls writable when it is empty. */
+		streams[0].in_step = lseek(STDIN_FILENO, 0, SEEK_CUR) >= 0 &&
+			fcntl(fds[0], F_SETPIPE_SZ, CHUNK) == CHUNK;
 		add_stream(fds[1], STDOUT_FILENO, false);
 		add_stream(fds[2], STDERR_FILENO, false);
 		return;
@@ -770,9 +774,16 @@ static void hear_signal(int signal_fd)
 	}
 }
 
+/* How much was read of standard input that the command has not taken. */
+static off_t unread;
+
 /* Close both ends; what is a descriptor of ours by number 0, 1, 2 stays. */
 static void end_stream(struct stream *each)
 {
+	int in_pipe = 0;
+
+	if (each->in_step && !ioctl(each->to_fd, FIONREAD, &in_pipe))
+		unread += (off_t)(each->end - each->start) + in_pipe;
 	if (each->from_fd > 2)
 		close(each->from_fd);
 	if (each->to_fd > 2 && each->to_fd != master_fd)
@@ -851,14 +862,10 @@ static void tell_failure(int *code)
 /* Give back what was read of a file but not by the command, so that the next command of a script finds it. */
 static void give_back(void)
 {
-	struct stream *in = &streams[0];
-	int in_pipe = 0;
-
-	if (on_terminal || in->to_fd < 0 || lseek(STDIN_FILENO, 0, SEEK_CUR) < 0)
-		return;
-	if (ioctl(in->to_fd, FIONREAD, &in_pipe))
-		in_pipe = 0;
-	(void)lseek(STDIN_FILENO, -(off_t)(in->end - in->start) - in_pipe, SEEK_CUR);
+	if (streams[0].in_step && streams[0].from_fd >= 0)
+		end_stream(&streams[0]);
+	if (unread)
+		(void)lseek(STDIN_FILENO, -unread, SEEK_CUR);
 }
 
 /* Until the command has ended and what it printed is out; returns its exit code. */
@@ -883,7 +890,7 @@ static int relay(int signal_fd)
 				continue;
 			open |= !each->inward;
 			full |= each->start != each->end && !each->inward;
-			if (each->start != each->end)
+			if (each->start != each->end || each->in_step)
 				polled[2 + i] = (struct pollfd){ .fd = each->to_fd, .events = POLLOUT };
 			else if (!each->inward || !on_terminal || is_raw)
 				polled[2 + i] = (struct pollfd){ .fd = each->from_fd, .events = POLLIN };
@@ -927,16 +934,15 @@ static int relay(int signal_fd)
 
 static int make_channel(const char *path, const char *only)
 {
-	char source[4200], target[4400];
+	char target[4200], wanted[128];
 	int ends[2];
 
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
 		fail(FAILED, "socketpair: %s", strerror(errno));
-	if (snprintf(source, sizeof(source), "%s/init", path) >= (int)sizeof(source))
+	if (snprintf(target, sizeof(target), "%s/procs", path) >= (int)sizeof(target))
 		fail(FAILED, "%s", strerror(ENAMETOOLONG));
-	snprintf(target, sizeof(target), "%s/procs/nsfs.enter.%d%s%.100s", path, ends[1], only ? ":" : "",
-		 only ? only : "");
-	if (link(source, target))
+	snprintf(wanted, sizeof(wanted), "%d%s%.100s", ends[1], only ? ":" : "", only ? only : "");
+	if (setxattr(target, ENTER_ATTRIBUTE, wanted, strlen(wanted), 0))
 		fail(FAILED, "%s", errno == ENOENT || errno == ENOTDIR ? "no such container" : strerror(errno));
 	close(ends[1]);
 	return ends[0];

@@ -535,7 +535,7 @@ static void start(size_t index, const struct init_request *request)
 }
 
 /* Look at the next request; returns its length or -errno.  `root`: the sender may be the container's root. */
-static long peek(int fd, struct init_request *request, bool *root)
+static long peek(const struct connection *from, struct init_request *request, bool *root)
 {
 	union {
 		char buffer[CMSG_SPACE(sizeof(struct ucred))];
@@ -544,9 +544,12 @@ static long peek(int fd, struct init_request *request, bool *root)
 	struct iovec iov = { .iov_base = request, .iov_len = sizeof(*request) };
 	struct msghdr header = {
 		.msg_iov = &iov, .msg_iovlen = 1,
-		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer),
+		/* Only where the credentials come first and fill it: into room that is left the kernel would put
+		 * duplicates of the command's descriptors. */
+		.msg_control = control.buffer,
+		.msg_controllen = from->unproven ? sizeof(control.buffer) : 0,
 	};
-	const long length = CALL(recvmsg, fd, &header, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	const long length = CALL(recvmsg, from->fd, &header, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	struct ucred sender;
 
 	*root = false;
@@ -581,7 +584,7 @@ static void hear(size_t index)
 	long length;
 
 	/* Only looked at: what follows is received by the child, together with the descriptors. */
-	length = peek(each->fd, &request, &root);
+	length = peek(each, &request, &root);
 	if (length == -EAGAIN)
 		return;
 	if (length == sizeof(request) && !each->token && request.op == INIT_EXEC && (root || !each->unproven)) {

@@ -36,7 +36,7 @@ enum { BPF_NOEXIST = 1 };
 #include <bpf/bpf_endian.h>
 #include "mark.h"
 
-enum { NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, ETH_P_IP = 0x0800, ETH_P_IPV6 = 0x86dd };
+enum { NFPROTO_IPV4 = 2, NFPROTO_ARP = 3, NFPROTO_IPV6 = 10 };
 enum { IFF_EBRIDGE = 1 << 1 };
 enum { NF_INET_LOCAL_OUT = 3, NF_ACCEPT = 1 };
 enum { YOUNG_NS = 2000000, FOLLOWS_NS = 2000000 };
@@ -203,6 +203,12 @@ static __always_inline void read_packet(struct mark *mark, const void *header)
 		mark->length = ((__u32)ip.b[4] << 8 | ip.b[5]) + 40;
 		mark->ident = (ip.b[1] & 15U) << 16 | (__u32)ip.b[2] << 8 | ip.b[3];
 		offset = 40;
+	} else if (ip.b[0] == 0 && ip.b[1] == 1 && ip.b[2] == 8 && ip.b[3] == 0) {
+		/* ARP of IPv4 on Ethernet: its addresses may be martian, too. */
+		__builtin_memcpy(mark->source, ip.b + 14, 4);
+		__builtin_memcpy(mark->destination, ip.b + 24, 4);
+		mark->family = NFPROTO_ARP;
+		return;
 	} else {
 		return;
 	}

@@ -20,7 +20,7 @@ struct mark {
 	unsigned short ports[2]; /* network order; 0 where there are none */
 	unsigned int ident;      /* IPv4: ID; IPv6: flow label */
 	unsigned int length;     /* of the packet, with its header */
-	unsigned char family;    /* NFPROTO_IPV4, NFPROTO_IPV6; 0: another or unreadable */
+	unsigned char family;    /* NFPROTO_IPV4, _IPV6, _ARP; 0: another or unreadable */
 	unsigned char protocol;
 	unsigned char kind;
 	unsigned char pad;

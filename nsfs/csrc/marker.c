@@ -469,7 +469,8 @@ static uint64_t cookie_here(void)
 	return cookie;
 }
 
-/* The interfaces of the namespace that we are in: "link NAME MAC" and "addr NAME ADDRESS" lines. */
+/* The interfaces of the namespace that we are in: lines "link NAME MAC", "index NAME NUMBER" and
+ * "addr NAME ADDRESS". */
 static int describe_here(struct reply *reply)
 {
 	struct ifaddrs *all, *each;
@@ -487,8 +488,10 @@ static int describe_here(struct reply *reply)
 			const struct sockaddr_ll *link = (const void *)each->ifa_addr;
 			const unsigned char *mac = link->sll_addr;
 
-			snprintf(text, sizeof text, "link %s %02x:%02x:%02x:%02x:%02x:%02x\n",
-				 each->ifa_name, mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]);
+			snprintf(text, sizeof text,
+				 "link %s %02x:%02x:%02x:%02x:%02x:%02x\nindex %s %d\n",
+				 each->ifa_name, mac[0], mac[1], mac[2], mac[3], mac[4], mac[5],
+				 each->ifa_name, link->sll_ifindex);
 		} else if (each->ifa_addr->sa_family == AF_INET) {
 			const struct sockaddr_in *in = (const void *)each->ifa_addr;
 			char address[INET_ADDRSTRLEN];

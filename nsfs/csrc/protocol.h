@@ -197,4 +197,28 @@ struct entry_offer {
 	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root */
 };
 
+/* --- daemon to nsfs-tracer --- */
+
+enum trace_op {
+	TRACE_SESSION = 1,	/* fds first: the session program, the channel; the container's name follows */
+	TRACE_MOVE,
+};
+
+/* The last descriptor that comes with it is where the reply goes; its end without one: the tracer has died. */
+struct trace_request {
+	uint32_t op;		/* enum trace_op */
+	int32_t target;		/* the host's thread ID; its process has no other thread */
+	int32_t caller;		/* TRACE_MOVE: with whose credentials it is traced; the target itself: with ours */
+	int32_t init;		/* TRACE_MOVE: of the container */
+	uint32_t types;		/* TRACE_MOVE: CLONE_NEW* */
+	uint32_t reserved;
+};
+
+struct trace_reply {
+	int32_t error;		/* 0 or -errno */
+	uint32_t step;		/* enum step */
+	uint32_t stopped_us;	/* how long the target was stopped */
+	uint32_t reserved;
+};
+
 #endif

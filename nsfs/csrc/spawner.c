@@ -1123,6 +1123,12 @@ static int clone_container(const struct nested *nested, int cgroup_fd, int *pid_
 	return result;
 }
 
+static int do_nothing(void *unused)
+{
+	(void)unused;
+	return 0;
+}
+
 static int clone_inside(void *about)
 {
 	int pid_fd, result = clone_container(about, -1, &pid_fd);
@@ -1152,6 +1158,12 @@ static int clone_nested(void *about)
 	result = join_parent(nested->pid_fd, types, nested->other_user_ns);
 	if (result)
 		return result;
+	/* From within the parent's cgroup namespace the init could not start commands in ID/payload, which is outside
+	 * of that, where cgroups are mounted with `nsdelegate`. */
+	if (types & CLONE_NEWCGROUP && (result = aside(do_nothing, NULL, request.payload_fd))) {
+		step = STEP_CGROUP;
+		return result == -ENOENT ? -EOPNOTSUPP : result;
+	}
 	/* A PID namespace can be made only by one who is in that above it, and that are our children. */
 	pid_fd = aside(clone_inside, nested, -1);
 	if (pid_fd < 0 || !(unshared & CLONE_NEWUSER))

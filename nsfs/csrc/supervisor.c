@@ -25,6 +25,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -37,6 +38,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -335,6 +337,20 @@ static void supervise(void)
 	}
 }
 
+/* Whether a user namespace that has a mount namespace of its own can still bind all of "/". */
+static bool others_can_bind(void)
+{
+	int status = 0;
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
+			_exit(0);	/* Nobody can make them here, then. */
+		_exit(syscall(SYS_open_tree, AT_FDCWD, "/", OPEN_TREE_CLONE | AT_RECURSIVE) < 0 && errno == EPERM);
+	}
+	return pid > 0 && waitpid(pid, &status, 0) == pid && status == 0;
+}
+
 static void mount_filesystem(void)
 {
 	char options[128];
@@ -348,8 +364,16 @@ static void mount_filesystem(void)
 	if (mount(run_dir, dir, "fuse.namespaces", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0)
 		die("mount", dir);
 	mounted = true;
+	/*
+	 * Unbindable, `mount --rbind /sys X` does not carry the tree along into what somebody will `rm -rf`.
+	 * But where a copy of the mount namespace in another user namespace keeps that (Linux 6.1 does, 6.18
+	 * does not), `mount --rbind /` is refused there, of which bubblewrap makes its containers.  Then the
+	 * daemon alone watches over removals by way of a copy.
+	 */
 	if (mount(NULL, dir, NULL, MS_UNBINDABLE, NULL) < 0)
 		die("make unbindable", dir);
+	if (!others_can_bind() && mount(NULL, dir, NULL, MS_PRIVATE, NULL) < 0)
+		die("make bindable", dir);
 }
 
 static void join_cgroup(void)

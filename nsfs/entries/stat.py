@@ -7,6 +7,8 @@ net.rx_bytes net.tx_bytes                      of all interfaces but loopback, w
 network of its own
 log.records log.dropped                        records that its kernel log took, and those that it
 refused or overwrote
+firewall.lines firewall.paused firewall.pauses at the root: LOG lines that the host printed, whether
+the breaker keeps them off now, and how often it did
 
 A value that no controller of the host accounts is left out.
 """
@@ -36,6 +38,10 @@ def stat_show(face: Face) -> str:
     if container.parent is not None:
         counters = container.log.ring.counters
         pairs += [("log.records", counters.kept_records), ("log.dropped", counters.dropped_records)]
+    else:
+        lines, paused, pauses = container.world.firewall_stat()
+        pairs += [("firewall.lines", lines), ("firewall.paused", paused)]
+        pairs.append(("firewall.pauses", pauses))
     return flat_keyed(pairs)
 
 

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-DEADLINE_S = 60.0
+from .conftest import Container, Instance
+
+DEADLINE_S = 30.0
 
 CHAINS = {
     # chain: (hook, priority).  INT_MIN is before any mark that is made at a hook.
@@ -27,7 +29,7 @@ CHAINS = {
 
 SENDER = """
 import socket, sys, time
-to, port, count, pace_s, proto = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(eval, sys.argv[4:6])
+to, port, count, pace_s = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 s = socket.socket(socket.AF_INET6 if ':' in to else socket.AF_INET, socket.SOCK_DGRAM)
 for i in range(count):
     try:
@@ -53,7 +55,7 @@ def run(pid: int, script: str) -> None:
 
 def sender(pid: int, to: str, port: int, count: int, pace_s: float) -> subprocess.Popen[bytes]:
     """Send datagrams from the network namespace of a process."""
-    words = ["python3", "-c", SENDER, to, str(port), str(count), str(pace_s), "0"]
+    words = ["python3", "-c", SENDER, to, str(port), str(count), str(pace_s)]
     return subprocess.Popen(["nsenter", f"--net=/proc/{pid}/ns/net", *words])
 
 
@@ -140,3 +142,36 @@ def traffic(nets: Iterable[Net], count: int, pace_s: float) -> Counter[str]:
 def prefixes(lines: Iterable[str]) -> Counter[str]:
     """How many lines of each rule there are."""
     return Counter(line.split(": ")[0] for line in lines if ": IN=" in line)
+
+
+def kernel(container: Container) -> list[str]:
+    """The texts of the kernel's own lines in a container's log."""
+    return texts(container.read("kmsg"))
+
+
+def texts(log: str) -> list[str]:
+    """The texts of records of facility 0 in an outer `kmsg`."""
+    return [line.split(";", 1)[1] for line in log.splitlines() if int(line.split(",")[0]) < 8]
+
+
+def status(instance: Instance) -> dict[str, object]:
+    """What `nsfs status` says of kernel lines; less where no daemon answers."""
+    found: dict[str, object] = instance.status().get("kernel_lines", {"tier": "none"})
+    return found
+
+
+def in_net(container: Container, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the host in a container's network namespace."""
+    return subprocess.run(
+        ["nsenter", f"--net=/proc/{container.init}/ns/net", *command],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+def tier(instance: Instance) -> str:
+    """The tier of an instance, as soon as it has one; "" before."""
+    found = str(status(instance)["tier"])
+    return "" if found == "none" else found

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,9 +63,8 @@ def says(container: Container, program: str) -> list[str]:
 def starts(container: Container, program: str, until: str) -> None:
     """Start a Python program inside and wait until it has printed a line."""
     container.start("sh", "-c", script(program))
-    wait_until(
-        lambda: f"{until}\n" in container.read("output"), f"{until}: {container.read('output')}"
-    )
+    output = container / "output"
+    wait_until(lambda: f"{until}\n".encode() in output.read_bytes(), f"it prints {until}")
 
 
 @pytest.fixture
@@ -174,9 +173,11 @@ def test_no_mount_but_ours(web: Container) -> None:
     # The root filesystem; the device nodes and the tree itself are bound, file by file.
     allowed = {f"{os.major(root)}:{os.minor(root)}"}
     assert {device for device, kind in shared if kind != "fuse.namespaces"} <= allowed
-    points = {line.split()[4] for line in Path(f"/proc/{web.init}/mountinfo").open()}
+    lines = Path(f"/proc/{web.init}/mountinfo").read_text().splitlines()
+    points = {line.split()[4] for line in lines}
     assert {"/proc", "/sys", "/sys/namespaces", "/dev", "/dev/kmsg"} <= points
-    assert not [p for p in points if p.strip("/").split("/")[0] not in ("", "dev", "proc", "sys", *PRIVATE)]
+    tops = {point.split("/")[1] for point in points}
+    assert tops == {"", "dev", "proc", "sys", *PRIVATE}
 
 
 def test_private_directories(web: Container) -> None:
@@ -209,7 +210,9 @@ def test_what_is_below_private_directories_stays_there(way: str, web: Container)
     hosts = {*os.listdir("/var"), *os.listdir("/home")} - before - {"var", "home"}
     assert hosts
     _, out = web.run_code(f"({way}; ls -A var home) 2>/dev/null; {way}; ls -A /var /home")
-    assert not hosts & {word for line in out.splitlines() if ":" not in line for word in line.split()}
+    assert not hosts & {
+        word for line in out.splitlines() if ":" not in line for word in line.split()
+    }
 
 
 def test_the_root_cannot_be_made_writable(web: Container) -> None:
@@ -269,7 +272,9 @@ def test_no_socket_of_the_host_is_reachable(
 
 
 def test_devices(web: Container) -> None:
-    names = set(web.run("find /dev -maxdepth 1 -type c -printf '%f '").split())
+    names = set(
+        web.run("cd /dev; for i in *; do [ ! -L $i ] && [ -c $i ] && echo $i; done").split()
+    )
     assert names == {"null", "zero", "full", "random", "urandom", "tty"}
     assert web.run_code("mknod /tmp/sda b 8 0")[0] != 0
     assert web.run_code("mknod /tmp/mem c 1 1")[0] != 0
@@ -373,7 +378,6 @@ def test_members_cannot_leave_their_group(web: Container) -> None:
         # In a group of its own it stays below.
         os.mkdir("/tmp/v2/own")
         open("/tmp/v2/own/cgroup.procs", "w").write("0")
-        assert tried(lambda: open("/tmp/v2/cgroup.procs", "w").write("1")) != "done"
         # A cgroup namespace made now ends here, not higher.
         libc.unshare(0x02000000)
         print("ready")
@@ -386,7 +390,22 @@ def test_members_cannot_leave_their_group(web: Container) -> None:
     assert pids
     assert all(f"{group_of(pid)}/".startswith(f"{payload}/") for pid in pids)
     web.write("kill", "1")
-    wait_until(lambda: web.state()["populated"] == "0", "all are killed, in groups of their own too")
+    wait_until(
+        lambda: web.state()["populated"] == "0", "all are killed, in groups of their own too"
+    )
+
+
+def test_its_init_in_another_group_is_removed_too(web: Container, instance: Instance) -> None:
+    """Its root may do that, as it may end its processes: the container is none the less removed."""
+    web.run_code(
+        "mkdir /tmp/v2; mount -t cgroup2 none /tmp/v2; mkdir /tmp/v2/own; "
+        "echo 1 > /tmp/v2/own/cgroup.procs; sleep 1000 >/dev/null 2>&1 &"
+    )
+    pids = [int(pid) for pid in os.listdir(web / "procs")]
+    assert "populated" in web.read("state")
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    instance.settled()
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
 @needs_python
@@ -435,7 +454,7 @@ def test_nothing_of_other_containers_is_to_be_seen(tree: Path, web: Container) -
 
 @needs_python
 def test_what_is_the_parents_stays_the_parents(web: Container) -> None:
-    names = ("rootfs", "idmap", "unshare", "binds", "freeze", "console", "namespaces")
+    names = ("rootfs", "idmap", "unshare", "binds", "freeze", "console")
     names = tuple(name for name in names if (web / name).exists())
     before = {name: web.read(name) for name in names}
     modes = {name: os.stat(web / name) for name in names}
@@ -444,7 +463,7 @@ def test_what_is_the_parents_stays_the_parents(web: Container) -> None:
         f"""
         top = "/sys/namespaces/"
         os.makedirs("/tmp/bound"); os.system("mount --bind /sys/namespaces /tmp/bound")
-        os.system("mount -o remount,bind,rw /tmp/bound; mount -o remount,rw /sys/namespaces")
+        os.system("(mount -o remount,bind,rw /tmp/bound; mount -o remount,rw /sys/namespaces) 2>&-")
         for name in {names!r}:
             for base in (top, "/tmp/bound/"):
                 path = base + name
@@ -458,7 +477,7 @@ def test_what_is_the_parents_stays_the_parents(web: Container) -> None:
                       tried(os.link, path, base + "another"), tried(os.rename, path, base + "old"),
                       tried(os.mkdir, path), tried(os.symlink, "/etc", base + "x"))
         import fcntl
-        for request in (0x8004E500, 0x541B, 0x40086602):
+        for request in (0x8004E500, 0x40086602, 0xC0205865):
             print("ioctl", tried(fcntl.ioctl, fd, request, bytes(64)))
         print("directory", tried(os.chmod, top, 0o777), tried(os.chown, top, 1000, 1000),
               tried(os.rename, top, "/sys/other"), tried(os.rmdir, top))
@@ -745,11 +764,13 @@ def test_harm(harm: str, web: Container, instance: Instance, served: None) -> No
 @needs_python
 def test_commands_without_number(web: Container, instance: Instance, served: None) -> None:
     """More of them at once than the daemon may have descriptors: some fail, and nothing else."""
-    soft = int(next(
-        line.split()[3]
-        for line in Path(f"/proc/{instance.daemon()}/limits").read_text().splitlines()
-        if line.startswith("Max open files")
-    ))
+    soft = int(
+        next(
+            line.split()[3]
+            for line in Path(f"/proc/{instance.daemon()}/limits").read_text().splitlines()
+            if line.startswith("Max open files")
+        )
+    )
     starts(
         web,
         f"""
@@ -766,9 +787,7 @@ def test_commands_without_number(web: Container, instance: Instance, served: Non
         "ready",
     )
     for _ in range(5):
-        done = subprocess.run(
-            ["cat", web / "state"], capture_output=True, timeout=30, check=False
-        )
+        done = subprocess.run(["cat", web / "state"], capture_output=True, timeout=30, check=False)
         assert done.returncode == 0, done.stderr
         time.sleep(0.1)
     subprocess.run(["rm", "-rf", web.path], check=True, timeout=60)
@@ -842,7 +861,3 @@ def test_nested_in_one_that_was_given_a_root(web: Container) -> None:
         _, out = Container(path).run_code("umount -l /var /home; ls -A /var /home; ls -d /usr/bin")
         assert "/usr/bin" in out
         assert not set(os.listdir("/var")) - WELL_KNOWN & set(out.split())
-
-
-def shell(words: str) -> Callable[[], int]:
-    return lambda: subprocess.run(words, shell=True, check=False).returncode

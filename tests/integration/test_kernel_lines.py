@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,36 +11,17 @@ from pathlib import Path
 import pytest
 
 from .conftest import DEADLINE_S, Container, Instance, serving, wait_until
-from .firewall import Net, prefixes, traffic
+from .firewall import Net, in_net, kernel, prefixes, status, texts, traffic
 
 NF_LOG = Path("/proc/sys/net/netfilter/nf_log_all_netns")
 NOTE = Path("/run/nsfs.nf_log_all_netns")
 TIERS = ("exact", "context", "own")
 
 
-def kernel(container: Container) -> list[str]:
-    """The texts of the kernel's own lines in a container's log."""
-    return texts(container.read("kmsg"))
-
-
-def texts(log: str) -> list[str]:
-    """The texts of records of facility 0 in an outer `kmsg`."""
-    return [line.split(";", 1)[1] for line in log.splitlines() if int(line.split(",")[0]) < 8]
-
-
-def in_net(container: Container, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the host in a container's network namespace."""
-    return subprocess.run(
-        ["nsenter", f"--net=/proc/{container.init}/ns/net", *command],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-
-
 @pytest.fixture(scope="module", params=TIERS)
-def tiered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+def tiered(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Instance]:
     """An instance in each tier, the better ones switched off."""
     base = tmp_path_factory.mktemp("nsfs")
     config = base / "nsfs.conf"
@@ -53,12 +33,6 @@ def tiered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield found
     # Another instance may be there.
     assert NOTE.exists() or NF_LOG.read_text().strip() == before
-
-
-def status(instance: Instance) -> dict[str, object]:
-    """What `nsfs status` says of kernel lines."""
-    found: dict[str, object] = instance.status()["kernel_lines"]
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +62,9 @@ def tier_of(instance: Instance) -> str:
 
 
 # The parent leaves it a zombie for a moment: by context it is looked at when it has ended.
-SEGFAULT = "import ctypes, os, time; os.fork() and (time.sleep(0.5), os._exit(0)); ctypes.string_at(0)"
+SEGFAULT = (
+    "import ctypes, os, time; os.fork() and (time.sleep(0.5), os._exit(0)); ctypes.string_at(0)"
+)
 
 
 def test_a_segfault(tiered: Instance, boxes: tuple[Container, Container]) -> None:

@@ -1,0 +1,162 @@
+"""`nsfs enter` and `nsfs run`: sessions from the command line.
+
+Exit status: the command's; 128+n when signal n ended it; 125 nsfs failed, 126 the command cannot be
+executed, 127 it was not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from nsfs.attribute import one_line
+
+LIBEXEC = Path(__file__).parent / "libexec"
+TREE = "/sys/namespaces"
+FAILED = 125
+PASSED_ON = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong command line is a failure of nsfs, not of a command: 125."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse does it, but for the code."""
+        self.print_usage(sys.stderr)
+        self.exit(FAILED, f"{self.prog}: {message}\n")
+
+
+def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is before `--` and what is after it."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def path_of(container: str) -> str:
+    """The directory of a container: below /sys/namespaces unless it is a path by its beginning."""
+    if container.startswith(("/", "./", "../")):
+        return container
+    return f"{TREE}/{container}"
+
+
+def program(container: str, only: str | None, command: list[str], ssh: bool = False) -> list[str]:
+    """The session program and its arguments."""
+    words = [str(LIBEXEC / "nsfs-enter"), *(["--only", only] if only else [])]
+    words += [*(["--ssh"] if ssh else []), container]
+    return [*words, "--", *command] if command else words
+
+
+def enter(argv: list[str]) -> NoReturn:
+    """`nsfs enter`: becomes the session program."""
+    options, command = split_command(argv)
+    parser = Parser(prog="nsfs enter", description="A session in a container.")
+    parser.add_argument("--only", metavar="LIST", help="only these namespaces, as net,uts")
+    parser.add_argument("--ssh", action="store_true", help="run $SSH_ORIGINAL_COMMAND")
+    parser.add_argument("container", metavar="C")
+    args = parser.parse_args(options)
+    words = program(args.container, args.only, command, args.ssh)
+    os.execv(words[0], words)
+
+
+def bind_line(text: str) -> str:
+    """SOURCE[:TARGET[:ro|rw]] as a line of `binds`."""
+    words = text.split(":")
+    mode = words.pop() if words[-1] in ("ro", "rw") else "rw"
+    if not 1 <= len(words) <= 2:
+        raise ValueError(f"--bind {text}: SOURCE[:TARGET[:ro|rw]]")
+    source = os.path.abspath(words[0])
+    return f"{one_line(words[-1] if len(words) == 2 else source)} {one_line(source)} {mode}"
+
+
+def write(path: str, value: str) -> None:
+    """One value to a control file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, os.fsencode(value) + b"\n")
+    finally:
+        os.close(fd)
+
+
+def build(directory: str, args: argparse.Namespace) -> None:
+    """What the options say of the new container."""
+    if args.rootfs:
+        write(f"{directory}/rootfs", os.path.abspath(args.rootfs))
+    if args.bind:
+        write(f"{directory}/binds", "\n".join(bind_line(each) for each in args.bind))
+    for each in args.limit:
+        name, equals, value = each.partition("=")
+        if not equals or "/" in name:
+            raise ValueError(f"--limit {each}: NAME=VALUE")
+        write(f"{directory}/cgroup/{name}", value)
+
+
+def wait_for(words: list[str]) -> int:
+    """Run a program in our place: signals are its; returns its exit code, as a shell has it."""
+    pid = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        if pid:
+            os.kill(pid, number)
+
+    # Blocked until there is somebody to pass them on to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    for each in PASSED_ON:
+        signal.signal(each, pass_on)
+    # What a terminal sends, it sends to the session program as well.
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda number, frame: None)
+    pid = os.posix_spawn(words[0], words, os.environ, setsigmask=[], setsigdef=PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    while True:
+        status = os.waitpid(pid, os.WUNTRACED)[1]
+        if os.WIFSTOPPED(status):
+            # The job is the two of us: stop with it, and go on with it.
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(pid, signal.SIGCONT)
+            continue
+        pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        return 128 - code if code < 0 else code
+
+
+def run(argv: list[str]) -> int:
+    """`nsfs run`: make a container, run a command in it, remove it."""
+    options, command = split_command(argv)
+    parser = Parser(
+        prog="nsfs run", description="Make a container, run a command in it, remove it."
+    )
+    parser.add_argument("--rootfs", metavar="DIR", help="its root filesystem")
+    parser.add_argument("--bind", metavar="SOURCE[:TARGET[:ro]]", action="append", default=[])
+    parser.add_argument("--limit", metavar="NAME=VALUE", action="append", default=[])
+    parser.add_argument("--keep", action="store_true", help="do not remove it")
+    parser.add_argument("container", metavar="C")
+    args = parser.parse_args(options)
+    directory = path_of(args.container)
+    code = FAILED
+    try:
+        os.mkdir(directory)
+        try:
+            build(directory, args)
+            code = wait_for(program(directory, None, command))
+        finally:
+            if not args.keep:
+                shutil.rmtree(directory)
+    except (OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        print(f"nsfs: {args.container}: {text}", file=sys.stderr)
+        return FAILED
+    return code

@@ -1,0 +1,407 @@
+"""Lines printed while a packet is handled, by marks: every kind of rule, and what may deceive."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import DEADLINE_S, Container, Instance, serving, wait_until
+from .firewall import Net, in_net, kernel, prefixes, run, sender, status, tier, traffic
+
+NF_LOG = Path("/proc/sys/net/netfilter/nf_log_all_netns")
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """An instance in the best tier."""
+    base = tmp_path_factory.mktemp("exact")
+    config = base / "nsfs.conf"
+    config.write_text("[log]\nfirewall_rate = max\nrate = max\n")
+    with serving(base, ["--config", str(config)]) as found:
+        if wait_until(lambda: tier(found), "there is a tier") != "exact":
+            pytest.skip("this machine has no clang, or its kernel not what the marks need")
+        yield found
+
+
+@pytest.fixture
+def pair(exact: Instance) -> Iterator[tuple[Container, Container]]:
+    """Two containers of it, the root's `kmsg` cleared."""
+    (exact.tree / "kmsg").write_text("")
+    for name in ("a", "b"):
+        (exact.tree / name).mkdir()
+    time.sleep(0.3)
+    yield Container(exact.tree / "a"), Container(exact.tree / "b")
+    for name in ("a", "b"):
+        subprocess.run(["rm", "-rf", str(exact.tree / name)], check=False, timeout=DEADLINE_S)
+    exact.settled()
+
+
+@contextlib.contextmanager
+def wired(*containers: Container) -> Iterator[list[Net]]:
+    """The containers' namespaces, wired up."""
+    with contextlib.ExitStack() as stack:
+        nets = []
+        for name, each in zip("abcd", containers, strict=False):
+            nets.append(Net(name, each.init))
+            stack.callback(nets[-1].close)
+        yield nets
+
+
+def settle(container: Container, count: int) -> Counter[str]:
+    """The rules that a container has lines of, when there are that many or none comes any more."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: sum(prefixes(kernel(container)).values()) >= count, "lines", 2)
+    time.sleep(0.2)
+    return prefixes(kernel(container))
+
+
+@pytest.mark.parametrize("program", ["iptables-legacy", "iptables-nft"])
+def test_the_variants_of_iptables(
+    exact: Instance, pair: tuple[Container, Container], program: str
+) -> None:
+    with wired(*pair) as nets:
+        for net in nets:
+            rule = f"-p udp --dport 5001:5009 -j LOG --log-level info --log-prefix {net.name}-"
+            script = "".join(
+                f"{program} -t {table} -A {chain} {rule}{table}-{chain}:\\ \n"
+                for table, chain in (
+                    ("raw", "PREROUTING"),
+                    ("mangle", "PREROUTING"),
+                    ("filter", "INPUT"),
+                    ("filter", "FORWARD"),
+                    ("raw", "OUTPUT"),
+                    ("filter", "OUTPUT"),
+                    ("mangle", "POSTROUTING"),
+                )
+            )
+            run(net.pid, script)
+        traffic(nets, 5, 0.02)
+        for net, each in zip(nets, pair, strict=True):
+            assert settle(each, 50) == {
+                f"{net.name}-raw-PREROUTING": 10,
+                f"{net.name}-mangle-PREROUTING": 10,
+                f"{net.name}-filter-INPUT": 5,
+                f"{net.name}-filter-FORWARD": 5,
+                f"{net.name}-raw-OUTPUT": 5,
+                f"{net.name}-filter-OUTPUT": 5,
+                f"{net.name}-mangle-POSTROUTING": 10,
+            }
+            assert all(line.startswith("6,") for line in each.read("kmsg").splitlines())
+
+
+def test_ipv6_nat_and_ingress(exact: Instance, pair: tuple[Container, Container]) -> None:
+    with wired(*pair) as nets:
+        for net in nets:
+            run(
+                net.pid,
+                f"""
+                nft -f - <<'X'
+                table netdev n {{ chain i {{ type filter hook ingress device eth0 priority 0;
+                  udp dport 5001 log prefix "{net.name}-ingress: "; }}
+                }}
+                table ip t {{
+                  chain d {{ type nat hook prerouting priority -100;
+                    udp dport 5001 dnat to 10.9.0.1:5007; }}
+                  chain p {{ type filter hook prerouting priority 0;
+                    udp dport 5007 log prefix "{net.name}-after-dnat: "; }}
+                  chain i {{ type filter hook input priority 0;
+                    udp dport 5007 log prefix "{net.name}-in-dnat: "; }}
+                  chain o {{ type nat hook output priority -100;
+                    udp dport 5003 dnat to 10.9.1.9:5008; }}
+                  chain o2 {{ type filter hook output priority 0;
+                    udp dport 5008 log prefix "{net.name}-out-dnat: "; }}
+                  chain s {{ type nat hook postrouting priority 100; masquerade; }}
+                  chain s2 {{ type filter hook postrouting priority 200;
+                    udp dport 5008 log prefix "{net.name}-after-snat: "; }}
+                }}
+                table ip6 t {{
+                  chain i {{ type filter hook input priority 0;
+                    udp dport 5011 log prefix "{net.name}-in6: "; }}
+                  chain o {{ type filter hook output priority 0;
+                    udp dport 5012 log prefix "{net.name}-out6: "; }}
+                }}
+                X
+                """,
+            )
+        traffic(nets, 5, 0.02)
+        for net in nets:
+            assert sender(net.helper.pid, "fd09:0::1", 5011, 5, 0.02).wait(DEADLINE_S) == 0
+            assert sender(net.pid, "fd09:0::2", 5012, 5, 0.02).wait(DEADLINE_S) == 0
+        for net, each in zip(nets, pair, strict=True):
+            kinds = ("ingress", "after-dnat", "in-dnat", "out-dnat", "after-snat", "in6", "out6")
+            assert settle(each, 35) == {f"{net.name}-{kind}": 5 for kind in kinds}
+
+
+def test_a_bridge(exact: Instance, pair: tuple[Container, Container]) -> None:
+    with wired(*pair) as nets:
+        for net in nets:
+            script = "\n".join(
+                f"chain {hook} {{ type filter hook {hook} priority 0; udp dport 5020-5029 "
+                f'log prefix "{net.name}-{hook}: "; }}'
+                for hook in ("prerouting", "input", "forward", "output", "postrouting")
+            )
+            run(
+                net.pid,
+                f"""
+                ip link add br0 type bridge
+                ip addr add 10.8.0.1/24 dev br0
+                ip link add p0 type veth peer name q0 netns {net.helper.pid}
+                ip link add p1 type veth peer name q1 netns {net.helper.pid}
+                ip link set p0 master br0 up; ip link set p1 master br0 up; ip link set br0 up
+                ip neigh add 10.8.0.9 lladdr 02:00:00:00:00:09 dev br0
+                nft -f - <<'X'\ntable bridge t {{\n{script}\n}}\nX
+                """,
+            )
+            run(
+                net.helper.pid,
+                """
+                ip link set q0 up; ip link set q1 up; ip addr add 10.8.0.2/24 dev q0
+                ip neigh add 10.8.0.9 lladdr 02:00:00:00:00:09 dev q0
+                """,
+            )
+        time.sleep(0.5)
+        for net in nets:
+            for pid, to, port in (
+                (net.helper.pid, "10.8.0.9", 5020),
+                (net.helper.pid, "10.8.0.1", 5021),
+                (net.pid, "10.8.0.9", 5022),
+            ):
+                assert sender(pid, to, port, 5, 0.02).wait(DEADLINE_S) == 0
+        for net, each in zip(nets, pair, strict=True):
+            found = settle(each, 60)
+            print(found)
+            assert all(prefix.startswith(f"{net.name}-") for prefix in found)
+            assert found[f"{net.name}-prerouting"] == 10
+            assert found[f"{net.name}-input"] == 5
+            assert found[f"{net.name}-forward"] >= 5
+            assert found[f"{net.name}-output"] >= 5
+
+
+ALTERNATE = """
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None)
+sockets = []
+for pid in sys.argv[1:3]:
+    fd = os.open(f'/proc/{pid}/ns/net', os.O_RDONLY)
+    assert libc.setns(fd, 0) == 0
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.bind(('10.9.0.1', 4000))
+    sockets.append(s)
+for i in range(int(sys.argv[3])):
+    for s in sockets:
+        try:
+            s.sendto(b'same', ('10.9.0.9', 5003))
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.parametrize("verdict", ["accept", "drop"])
+def test_equal_packets_of_one_process(
+    exact: Instance, pair: tuple[Container, Container], verdict: str
+) -> None:
+    """The hardest case: one task sends equal packets (ID 0) in two namespaces in turn, and one of
+    these logs before any mark, or drops there."""
+    with wired(*pair) as nets:
+        run(
+            nets[1].pid,
+            f"""
+            nft -f - <<'X'
+            table ip t {{ chain o {{ type filter hook output priority -2147483648;
+              udp dport 5003 log prefix "b-first: " {verdict}; }}
+            }}
+            X
+            """,
+        )
+        for order in (nets, nets[::-1]):
+            words = ["python3", "-c", ALTERNATE, str(order[0].pid), str(order[1].pid), "100"]
+            subprocess.run(words, check=True, timeout=DEADLINE_S)
+        found = settle(pair[1], 200 if verdict == "accept" else 1)
+        assert not kernel(pair[0])
+        if verdict == "accept":
+            assert found == {"b-first": 200}
+
+
+def test_a_prefix_that_says_something_else(
+    exact: Instance, pair: tuple[Container, Container]
+) -> None:
+    forged = "IN=eth0 OUT= SRC=10.9.0.2 DST=10.9.0.1 LEN=29 "
+    with wired(*pair) as nets:
+        run(
+            nets[1].pid,
+            f"""
+            nft -f - <<'X'
+            table ip t {{ chain i {{ type filter hook input priority 0;
+              udp dport 5001 log prefix "{forged}"; }}
+            }}
+            X
+            """,
+        )
+        traffic(nets, 5, 0.02)
+        wait_until(lambda: len(kernel(pair[1])) >= 5, "its own lines come")
+        assert not kernel(pair[0])
+
+
+def test_a_namespace_that_a_member_made(exact: Instance, pair: tuple[Container, Container]) -> None:
+    a, b = pair
+    a.start("unshare", "-n", "sleep", "300")
+    own = Path(f"/proc/{a.init}/ns/net").stat().st_ino
+
+    def made() -> int:
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if (
+                        (entry / "comm").read_text() == "sleep\n"
+                        and "/payload" in (entry / "cgroup").read_text()
+                        and (entry / "ns/net").stat().st_ino != own
+                    ):
+                        return int(entry.name)
+        return 0
+
+    pid = wait_until(made, "it is there")
+    time.sleep(1.5)
+    run(pid, "ip link set lo up; iptables -A OUTPUT -p udp -j LOG --log-prefix made:\\ ")
+    assert sender(pid, "127.0.0.1", 5000, 5, 0.01).wait(DEADLINE_S) == 0
+    assert settle(a, 5) == {"made": 5}
+    assert not kernel(b)
+
+
+def test_a_martian(exact: Instance, pair: tuple[Container, Container]) -> None:
+    with wired(*pair) as nets:
+        run(
+            nets[0].pid, "sysctl -qw net.ipv4.conf.all.log_martians=1 net.ipv4.conf.all.rp_filter=1"
+        )
+        run(nets[0].helper.pid, "ip addr add 10.77.0.1/32 dev h0")
+        code = SENDER_FROM.format(source="10.77.0.1", to="10.9.0.1")
+        subprocess.run(
+            ["nsenter", f"--net=/proc/{nets[0].helper.pid}/ns/net", "python3", "-c", code],
+            check=True,
+            timeout=DEADLINE_S,
+        )
+        found = wait_until(lambda: kernel(pair[0]), "the line comes")
+        assert found[0] == "IPv4: martian source 10.9.0.1 from 10.77.0.1, on dev eth0"
+        assert found[1].startswith("ll header: ")
+        assert not kernel(pair[1])
+
+
+SENDER_FROM = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(('{source}', 0))
+s.sendto(b'x', ('{to}', 5))
+"""
+
+
+def test_an_oom_kill(exact: Instance, pair: tuple[Container, Container]) -> None:
+    a, b = pair
+    if (a / "cgroup").exists():
+        a.write("cgroup/memory.max", "30M")
+    else:
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, directory, kind, options, _, _ = line.split()
+            groups = Path(directory, exact.group)
+            if kind == "cgroup" and "memory" in options.split(",") and groups.is_dir():
+                first = min(int(p.name) for p in groups.iterdir() if p.name.isdigit())
+                (groups / str(first) / "memory.limit_in_bytes").write_text(str(30 << 20))
+    a.run_code("python3 -c 'x = bytearray(200 << 20)'")
+    found = wait_until(lambda: kernel(a), "the lines come")
+    time.sleep(0.3)
+    found = kernel(a)
+    assert any(line.startswith("oom-kill:constraint=CONSTRAINT_MEMCG") for line in found)
+    assert any("Killed process" in line for line in found)
+    assert len(found) == 2
+    assert not kernel(b)
+
+
+def test_the_breaker(tmp_path: Path) -> None:
+    config = tmp_path / "nsfs.conf"
+    config.write_text("[log]\nfirewall_rate = 100\n")
+    instance = Instance(tmp_path, ["--config", str(config)])
+    instance.mount()
+    try:
+        wait_until(lambda: status(instance)["tier"] == "exact", "marks are made")
+        (instance.tree / "a").mkdir()
+        a = Container(instance.tree / "a")
+        time.sleep(0.3)
+        in_net(a, "ip", "link", "set", "lo", "up")
+        in_net(a, "iptables", "-A", "OUTPUT", "-p", "udp", "-j", "LOG", "--log-prefix", "many: ")
+        assert sender(a.init, "127.0.0.1", 5000, 300, 0.0005).wait(DEADLINE_S) == 0
+        wait_until(lambda: status(instance)["pauses"] == 1, "the breaker acts")
+        assert status(instance)["paused"] is True
+        assert NF_LOG.read_text() == "0\n"
+        assert "more than 100 LOG lines a second" in a.read("kmsg")
+        assert "more than 100 LOG lines a second" in (instance.tree / "kmsg").read_text()
+        assert "firewall.pauses 1\n" in (instance.tree / "stat").read_text()
+        wait_until(lambda: status(instance)["paused"] is False, "it is on again")
+        assert NF_LOG.read_text() == "1\n"
+        in_net(a, "sh", "-c", "echo x > /dev/udp/127.0.0.1/5 || true")
+        assert sender(a.init, "127.0.0.1", 5000, 1, 0.0).wait(DEADLINE_S) == 0
+        wait_until(lambda: kernel(a)[-1].startswith("many: "), "lines come again")
+    finally:
+        instance.umount()
+
+
+def test_nflog(exact: Instance, pair: tuple[Container, Container]) -> None:
+    a, b = pair
+    assert a.read("nflog") == ""
+    a.write("nflog", "5 7")
+    b.write("nflog", "6")
+    assert a.read("nflog") == "5 7\n"
+    for value, name in (("x", "EINVAL"), ("65536", "ERANGE")):
+        with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
+            a.write("nflog", value)
+    with wired(*pair) as nets:
+        for net in nets:
+            run(
+                net.pid,
+                f"""
+                iptables -A INPUT -p udp --dport 5001 -j NFLOG --nflog-group 5 \
+                    --nflog-prefix "{net.name}-nflog: "
+                iptables -A INPUT -p udp --dport 5001 -j LOG --log-prefix "{net.name}-nflog: "
+                nft -f - <<'X'
+                table ip t {{ chain o {{ type filter hook output priority 0;
+                  udp dport 5003 log prefix "{net.name}-group: " group 6; }}
+                }}
+                X
+                """,
+            )
+        traffic(nets, 5, 0.02)
+        assert settle(a, 10) == {"a-nflog": 10}
+        assert settle(b, 10) == {"b-nflog": 5, "b-group": 5}
+        # Of each packet there are two lines, one by each way: in the same form.
+        assert set(Counter(kernel(a)).values()) == {2}
+        host = (exact.tree / "kmsg").read_text()
+        assert "-nflog" not in host
+        a.write("nflog", "")
+        assert a.read("nflog") == ""
+        a.write("nflog", "5")
+        traffic(nets, 1, 0)
+        assert settle(a, 12) == {"a-nflog": 12}
+
+
+def test_the_next_daemon_goes_on(exact: Instance, pair: tuple[Container, Container]) -> None:
+    a, _ = pair
+    in_net(a, "ip", "link", "set", "lo", "up")
+    in_net(a, "iptables", "-A", "OUTPUT", "-p", "udp", "-j", "LOG", "--log-prefix", "next: ")
+    assert sender(a.init, "127.0.0.1", 5000, 20, 0).wait(DEADLINE_S) == 0
+    wait_until(lambda: len(kernel(a)) == 20, "all come")
+    host = (exact.tree / "kmsg").read_text()
+    exact.kill_daemon()
+    wait_until(lambda: tier(exact) == "exact", "there is a tier again")
+    time.sleep(0.5)
+    assert NF_LOG.read_text() == "1\n"
+    assert sender(a.init, "127.0.0.1", 5000, 20, 0).wait(DEADLINE_S) == 0
+    wait_until(lambda: len(kernel(a)) >= 40, "all come")
+    time.sleep(0.2)
+    assert len(kernel(a)) == 40
+    # Nothing of the host's log was taken twice.
+    assert (exact.tree / "kmsg").read_text() == host

@@ -1,0 +1,107 @@
+"""`nsfs enter` and `nsfs run` as commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from .conftest import NSFS, Container, wait_until
+from .terminal import terminal
+
+DEADLINE_S = 20.0
+
+
+def nsfs(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run nsfs(8)."""
+    return subprocess.run(
+        [*NSFS, *args], input=text, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+
+
+def test_enter_is_the_session_program(web: Container) -> None:
+    done = nsfs("enter", str(web.path), "--", "sh", "-c", "cat; exit 3", text="word")
+    assert (done.returncode, done.stdout) == (3, "word")
+    assert nsfs("enter").returncode == 125
+    assert nsfs("enter", "--nonsense", str(web.path)).returncode == 125
+
+
+def test_run_makes_runs_and_removes(tree: Path) -> None:
+    path = tree / "job"
+    done = nsfs("run", str(path), "--", "sh", "-c", "hostname; cat; exit 33", text="word")
+    assert (done.returncode, done.stdout) == (33, "job\nword"), done
+    assert not path.exists()
+    assert nsfs("run", str(path), "--", "no-such-program").returncode == 127
+    assert nsfs("run", str(path), "--", "/etc/passwd").returncode == 126
+    assert not path.exists()
+
+
+def test_run_keeps_what_it_is_told_to(tree: Path) -> None:
+    path = tree / "job"
+    assert nsfs("run", "--keep", str(path), "--", "true").returncode == 0
+    assert path.exists()
+    done = nsfs("run", str(path), "--", "true")
+    assert done.returncode == 125
+    assert "exists" in done.stderr
+    assert path.exists()
+    path.rmdir()
+
+
+def test_run_with_binds_and_a_root(tree: Path, tmp_path: Path) -> None:
+    path = tree / "job"
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/file").write_text("content")
+    done = nsfs(
+        "run", "--bind", f"{tmp_path}/a b:/mnt:ro", str(path), "--", "sh", "-c",
+        "cat /mnt/file; touch /mnt/x",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "content"), done
+    assert nsfs("run", "--rootfs", "/no/such", str(path), "--", "true").returncode == 125
+    assert not path.exists()
+    assert nsfs("run", "--bind", "a:b:c:d", str(path), "--", "true").returncode == 125
+    assert not path.exists()
+
+
+def test_run_passes_signals_on(tree: Path) -> None:
+    path = tree / "job"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        text = f"trap 'exit 7' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
+        with subprocess.Popen(
+            [*NSFS, "run", str(path), "--", "sh", "-c", text], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.wait(DEADLINE_S) == 7
+        assert not path.exists()
+
+
+def test_run_on_a_terminal(tree: Path) -> None:
+    path = tree / "job"
+    command = " ".join([*NSFS, "run", str(path), "--", "bash", "--norc"])
+    with terminal("bash", "--norc", "--noprofile") as outer:
+        outer.expect("ready> ")
+        outer.run(command, r"bash-[0-9.]+# ")
+        outer.run("tty", "/dev/pts/0")
+        outer.expect(r"bash-[0-9.]+# ")
+        outer.run("echo sle''eping; sleep 1000", "sleeping")
+        time.sleep(0.2)
+        outer.send("\x03")
+        outer.expect(r"bash-[0-9.]+# ")
+        outer.run("echo code-$?", "code-130")
+        outer.expect(r"bash-[0-9.]+# ")
+        outer.run("exit 4", "ready> ")
+        outer.run("echo code=$?", "code=4")
+    wait_until(lambda: not path.exists(), "removed")
+
+
+def test_the_command_of_run_is_killed_with_its_container(tree: Path) -> None:
+    path = tree / "job"
+    with subprocess.Popen([*NSFS, "run", str(path), "--", "sleep", "1000"]) as process:
+        wait_until(lambda: path.exists() and "procs 1" in (path / "state").read_text(), "runs")
+        os.write(fd := os.open(path / "kill", os.O_WRONLY), b"TERM\n")
+        os.close(fd)
+        assert process.wait(DEADLINE_S) == 143
+    assert not path.exists()
