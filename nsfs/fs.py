@@ -680,11 +680,10 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """FUSE_READ."""
-        unique = self.request()
+        unique, _, opcode, _ = self.device.current()
         opened = self._opened(fh)
-        seek = takeover.seek(off)
-        if seek is not None:
-            return takeover.sought(opened.seek(*seek))
+        if opcode == takeover.LSEEK:
+            return takeover.sought(opened.seek(*takeover.seek(off)))
         return await opened.read(off, size, unique)
 
     @waiting

@@ -95,14 +95,13 @@ class Task:
 class FirewallLog:
     """nf_log_all_netns, as long as somebody needs it on.
 
-    Several instances of nsfs may: each holds a shared lock on the file itself, the first one writes
+    Several instances of nsfs may: each holds a shared lock on a note, in which the first one writes
     down what there was before, and the last one puts that back.
     """
 
     def __init__(self, wanted: bool, note: str) -> None:
-        self._wanted = wanted
         self._note = note
-        self._fd = -1
+        self._fd = self._note_fd = -1
         self.paused = False
         if not wanted:
             return
@@ -111,27 +110,26 @@ class FirewallLog:
         except OSError as error:
             log.info("LOG lines of containers cannot be switched on: %s", error)
             return
-        # A note that another instance's mount namespace hides is that one's to put back: so not for
-        # ever.
-        for _ in range(3):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(self._fd, fcntl.LOCK_SH)
-                # The last one of the others may just have put it back.
-                if os.path.exists(note):
-                    break
-                continue
-            # A daemon that was killed left its note and the sysctl on.
-            if not os.path.exists(note):
-                with open(note, "w", encoding="ascii") as file:
-                    file.write(self._read())
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-            break
+        while not self._hold():
+            os.close(self._note_fd)
         self._write("1")
 
-    def _read(self) -> str:
-        return os.pread(self._fd, 16, 0).decode().strip()
+    def _hold(self) -> bool:
+        """Take a share in the note; False when it was taken away meanwhile."""
+        self._note_fd = os.open(self._note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._note_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A daemon that was killed left its note, and the sysctl on.
+            if not os.pread(self._note_fd, 16, 0):
+                os.pwrite(self._note_fd, os.pread(self._fd, 16, 0), 0)
+        except BlockingIOError:
+            pass
+        fcntl.flock(self._note_fd, fcntl.LOCK_SH)
+        try:
+            same = os.path.samestat(os.stat(self._note), os.fstat(self._note_fd))
+        except FileNotFoundError:
+            return False
+        return same and bool(os.pread(self._note_fd, 16, 0))
 
     def _write(self, value: str) -> None:
         os.pwrite(self._fd, value.encode(), 0)
@@ -161,11 +159,11 @@ class FirewallLog:
         """Put back what there was, if nobody else needs it."""
         if self._fd < 0:
             return
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(self._note, encoding="ascii") as file:
-                self._write(file.read())
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._note_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write(os.pread(self._note_fd, 16, 0).decode())
             os.unlink(self._note)
+        os.close(self._note_fd)
         os.close(self._fd)
         self._fd = -1
 

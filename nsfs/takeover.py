@@ -32,18 +32,16 @@ _IN_HEADER = struct.Struct("=4xIQQ8xI")
 _VARIABLES = ("NSFS_FUSE_FD", "NSFS_INFLIGHT_FD", "NSFS_SUPERVISOR_FD")
 
 
-_SEEK = 1 << 62
+LSEEK = 46
+"""The opcode of an lseek(2) in the guise of a read; pyfuse3 knows no such request."""
 _WHENCE_SHIFT = 56
 
 
-def seek(offset: int) -> tuple[int, int] | None:
-    """An lseek(2) in the guise of a read at that offset: (offset, whence), or None for a read.
+def seek(offset: int) -> tuple[int, int]:
+    """(offset, whence) of an lseek(2) from the offset of the read that the interposer makes of it.
 
-    pyfuse3 knows no LSEEK, so the interposer makes a read of it.  The answer to it is the new
-    offset, as `sought` has it.
+    The answer to it is the new offset, as `sought` has it.
     """
-    if not offset & _SEEK:
-        return None
     return offset & (1 << _WHENCE_SHIFT) - 1, offset >> _WHENCE_SHIFT & 7
 
 

@@ -60,8 +60,7 @@ _Static_assert(sizeof(struct inflight_head) <= 4096, "one page");
 #define INFLIGHT_FIRST_SLOT (INFLIGHT_LANDING + INFLIGHT_SLOT_BYTES)
 #define INFLIGHT_BYTES (INFLIGHT_FIRST_SLOT + (uint64_t)INFLIGHT_SLOTS * INFLIGHT_SLOT_BYTES)
 
-/* An LSEEK handed over as a READ: in the offset, which no read has, whence and where to. */
-#define INFLIGHT_SEEK (1ULL << 62)
+/* An LSEEK handed over as a READ: in its offset are whence and, below, where to. */
 #define INFLIGHT_WHENCE_SHIFT 56
 
 #endif

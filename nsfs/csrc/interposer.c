@@ -206,7 +206,7 @@ static void take_stock(int fd)
 
 /*
  * pyfuse3 has no operation for LSEEK, but one for READ, whose answer is bytes: the eight of a struct
- * fuse_lseek_out will do.  The offset, one that no read has, tells what it is (takeover.seek()).  An
+ * fuse_lseek_out will do.  head->current tells what it is, the offset the rest (takeover.seek()).  An
  * answer of ENOSYS, which is libfuse's, would end SEEK_DATA for the whole mount.
  */
 static ssize_t as_read(struct fuse_in_header *in)
@@ -216,7 +216,7 @@ static ssize_t as_read(struct fuse_in_header *in)
 
 	*read_in = (struct fuse_read_in){
 		.fh = seek.fh,
-		.offset = INFLIGHT_SEEK | (uint64_t)(seek.whence & 7) << INFLIGHT_WHENCE_SHIFT |
+		.offset = (uint64_t)(seek.whence & 7) << INFLIGHT_WHENCE_SHIFT |
 			  (seek.offset & ((1ULL << INFLIGHT_WHENCE_SHIFT) - 1)),
 		.size = sizeof(struct fuse_lseek_out),
 	};
