@@ -11,12 +11,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from nsfs import config, graft
 from nsfs.cgroup import Hierarchies
 
+ASK_S = 10.0
+"""How long a daemon may take to be started again and to answer."""
 RUN_DIR = "/run/nsfs"
 CGROUP = "nsfs"
 LIBEXEC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libexec")
@@ -150,10 +153,22 @@ def instance(directory: str | None) -> tuple[str, str]:
 
 def ask(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
     """Ask a daemon; it may just be being started again, so wait a little for it."""
+    end_s = time.monotonic() + ASK_S
+    while True:
+        try:
+            return _ask_now(run_dir, question)
+        except (OSError, ValueError):
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.02)
+
+
+def _ask_now(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
-        connection.settimeout(10)
+        connection.settimeout(ASK_S)
         connection.connect(f"{run_dir}/control")
         connection.send(json.dumps(question).encode())
+        # Empty, and so no JSON, when the daemon died over it.
         answer: dict[str, Any] = json.loads(connection.recv(1 << 20))
         return answer
 

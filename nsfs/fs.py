@@ -662,7 +662,10 @@ class Operations(pyfuse3.Operations):
         known = self.world.opens.get(token)
         # That of a file opened only to be read was not kept: it is nobody's to write.
         caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
-        return Value(node, token, 0, caller)
+        value = Value(node, token, 0, caller)
+        # What changed while there was no daemon is told, even if that was nothing.
+        value.version = -1
+        return value
 
     def _opened(self, fh: int) -> OpenFile:
         """An open file; one that an earlier daemon opened is made again from the inode of the

@@ -19,7 +19,7 @@ import trio
 
 # csrc/inflight.h: struct inflight_head, and where the rest of the memfd lies.
 _HEAD = struct.Struct("=IIIIIIiI")
-_MAGIC = 0x3173666E
+_MAGIC = 0x3273666E
 _SERVING = struct.Struct("=16xI")
 _CURRENT = struct.Struct("=32xQQI12x?")
 _CALLER = struct.Struct("=32x20xIII")

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define INFLIGHT_MAGIC 0x3173666eU	/* "nfs1"; another layout gets another number */
+#define INFLIGHT_MAGIC 0x3273666eU	/* "nfs2"; another layout gets another number */
 #define INFLIGHT_SLOTS 16384U
 /* Slots from which READ is refused: only reads are parked for long, and the rest (an rm -rf that
  * shall end them, say) must go on working when very many are. */
@@ -54,11 +54,14 @@ _Static_assert(offsetof(struct inflight_head, current) == 32, "takeover.py");
 _Static_assert(sizeof(struct inflight_head) <= 4096, "one page");
 
 /* The head; then for each slot the bytes recorded in it (uint32_t, 0: free); then the landing, which
- * the kernel writes into; then the slots.  Sparse: only what was touched costs memory. */
+ * the kernel writes into; then the slots; then the handles of those who poll.  Sparse: only what was
+ * touched costs memory. */
 #define INFLIGHT_USED 4096U
 #define INFLIGHT_LANDING (INFLIGHT_USED + INFLIGHT_SLOTS * 4U)
 #define INFLIGHT_FIRST_SLOT (INFLIGHT_LANDING + INFLIGHT_SLOT_BYTES)
-#define INFLIGHT_BYTES (INFLIGHT_FIRST_SLOT + (uint64_t)INFLIGHT_SLOTS * INFLIGHT_SLOT_BYTES)
+#define INFLIGHT_FIRST_POLL (INFLIGHT_FIRST_SLOT + (uint64_t)INFLIGHT_SLOTS * INFLIGHT_SLOT_BYTES)
+#define INFLIGHT_POLLS 4096U
+#define INFLIGHT_BYTES (INFLIGHT_FIRST_POLL + INFLIGHT_POLLS * sizeof(uint64_t))
 
 /* An LSEEK handed over as a READ: in its offset are whence and, below, where to. */
 #define INFLIGHT_WHENCE_SHIFT 56

@@ -71,6 +71,11 @@ static struct fuse_in_header *landing(void)
 	return (void *)(base + INFLIGHT_LANDING);
 }
 
+static uint64_t *polls(void)
+{
+	return (void *)(base + INFLIGHT_FIRST_POLL);
+}
+
 /* The next daemon relies on what was stored before this being there as well. */
 static void store(uint32_t *where, uint32_t value)
 {
@@ -239,6 +244,12 @@ static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool rep
 		.unique = in->unique, .nodeid = in->nodeid, .opcode = in->opcode,
 		.pid = in->pid, .uid = in->uid, .gid = in->gid, .replayed = replayed,
 	};
+	if (in->opcode == FUSE_POLL && bytes >= sizeof(*in) + sizeof(struct fuse_poll_in)) {
+		const uint64_t kh = ((const struct fuse_poll_in *)(in + 1))->kh;
+
+		/* The kernel numbers open files; one of 4096 is forgotten where two have one place. */
+		polls()[kh % INFLIGHT_POLLS] = kh;
+	}
 	if (in->opcode == FUSE_LSEEK && bytes == sizeof(*in) + sizeof(struct fuse_lseek_in) &&
 	    size >= sizeof(*in) + sizeof(struct fuse_read_in))
 		return as_read(buffer);
@@ -316,9 +327,27 @@ static ssize_t read_device(void *buffer, size_t size)
 	return bytes;
 }
 
+/* Who waits in poll(2) for a change is to look again: what an earlier daemon would have told. */
+static void wake_pollers(void)
+{
+	struct {
+		struct fuse_out_header out;
+		struct fuse_notify_poll_wakeup_out poll;
+	} message = { .out = { .len = sizeof(message), .error = FUSE_NOTIFY_POLL } };
+
+	for (unsigned i = 0; i < INFLIGHT_POLLS; i++) {
+		message.poll.kh = polls()[i];
+		polls()[i] = 0;
+		/* The file may have been closed. */
+		if (message.poll.kh && write(device_fd, &message, sizeof(message)) < 0)
+			continue;
+	}
+}
+
 /* From here on the event loop waits for the device itself. */
 static void end_replay(void)
 {
+	wake_pollers();
 	while (dup3(device_fd, session_fd, O_CLOEXEC) < 0 && (errno == EBUSY || errno == EINTR))
 		;
 }

@@ -19,12 +19,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 from docutils import nodes
 from docutils.core import publish_doctree, publish_string
 
-from nsfs import cli, config, namespaces
+from nsfs import cli, config, namespaces, run
 from nsfs.attribute import HIDDEN, NOT_ON_ROOT, PARENTS, Directory, Link
 from nsfs.daemon import tables
 from nsfs.tree import Names, Tables
@@ -177,12 +178,35 @@ def test_config_default(key: str) -> None:
 # --- options ---
 
 
+THE_REST = "[-- COMMAND [ARGUMENT]...]"
+"""What the commands that begin a session take behind their options."""
+
+
+class Found(Exception):
+    """A parser, before it has parsed anything."""
+
+
+def session_parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Those of the commands that begin a session, which make them themselves."""
+
+    def parse_args(self: argparse.ArgumentParser, *args: object) -> None:
+        raise Found(self)
+
+    for name, command in (("enter", run.enter), ("run", run.run)):
+        with mock.patch.object(run.Parser, "parse_args", parse_args):
+            try:
+                command([])
+            except Found as found:
+                yield name, found.args[0]
+
+
+@functools.cache
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parsers of the commands, by name."""
     (found,) = (
         action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
-    return dict(found.choices)
+    return {**found.choices, **dict(session_parsers())}
 
 
 def options(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -226,15 +250,33 @@ def test_help_is_an_option_of_all_commands() -> None:
         assert parser._option_string_actions.keys() >= expected.keys()
 
 
+def arguments(text: str) -> list[str]:
+    """What a line of the synopsis has: words, and brackets with all that is in them."""
+    found = [""]
+    depth = 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter.isspace() and not depth:
+            found.append("")
+        else:
+            found[-1] += " " if letter.isspace() else letter
+    return sorted(found)
+
+
 def test_synopsis() -> None:
     shown = {}
     for line in section("nsfs.8", "SYNOPSIS").findall(nodes.line):
         _, command, rest = line.astext().split(" ", 2)
-        shown[command] = sorted(re.findall(r"\[(.*?)\]", rest))
+        shown[command] = arguments(rest)
     expected = {}
     for name, parser in commands().items():
-        words = [f"{option} {value}".rstrip() for option, value in options(parser).items()]
-        words += [str(a.metavar) for a in parser._actions if not a.option_strings]
+        words = [THE_REST] if name in dict(session_parsers()) else []
+        for action in parser._actions:
+            if isinstance(action, argparse._HelpAction):
+                continue
+            word = " ".join((*action.option_strings, str(action.metavar or ""))).rstrip()
+            repeated = "..." if isinstance(action, argparse._AppendAction) else ""
+            words.append(f"[{word}]{repeated}" if not action.required else word)
         expected[name] = sorted(words)
     assert shown == expected
 
