@@ -342,6 +342,9 @@ class Container:
 
     def save(self) -> None:
         """Write the record; what it says is done only afterwards."""
+        if self.number not in self.world.containers:
+            # Nothing is left of it, whoever still holds it: nothing is to name it again.
+            return
         self.world.store.save(
             self.number,
             {

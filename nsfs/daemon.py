@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
@@ -215,6 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     args = arguments().parse_args(argv)
+    # Two for each container whose log and output somebody has looked at.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         device = Device.from_environment()
         trio.run(run, args, device)

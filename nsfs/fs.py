@@ -493,8 +493,7 @@ class Operations(pyfuse3.Operations):
         text = os.fsdecode(name)
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
-        if parent.face.container.parent is not None and self._fully_marked(parent):
-            raise FileNotFoundError(errno.ENOENT, "the parent is being removed", text)
+        self._check_not_being_removed(parent.face.container, text)
         above: Container = parent.face.container
         with above.telling_why(text):
             made = await lifecycle.make(
@@ -540,17 +539,31 @@ class Operations(pyfuse3.Operations):
             if face is not parent.face:
                 directory = self.tables.of(face, self.tables.root).ino
                 inode = self.directory(container, face.viewpoint).ino
-                pyfuse3.invalidate_entry_async(
-                    pyfuse3.InodeT(directory),
-                    pyfuse3.FileNameT(os.fsencode(name)),
-                    pyfuse3.InodeT(inode),
-                    ignore_enoent=True,
-                )
+                self.world.start(_forget_entry, directory, os.fsencode(name), inode)
 
     def _fully_marked(self, node: Node) -> bool:
         """Whether living processes have removed all static entries of a directory."""
         marked = self.world.marks.union(node.ino)
         return bool(marked) and all(c.entry.name in marked for c in self.tables.children(node))
+
+    def _check_not_being_removed(self, container: Container, name: str) -> None:
+        """ENOENT when a removal of it, or of what it is in, has come to the nested containers.
+
+        It goes by the names that it has listed: were others given to them meanwhile, from inside
+        for instance, it would fail with ENOTEMPTY.  They are listed after everything else but
+        procs/.
+        """
+        for each in container.lineage():
+            if each.parent is None:
+                return
+            for face in self.world.known_faces(each):
+                marked = self.world.marks.union(self.tables.of(face, self.tables.root).ino)
+                if marked and all(
+                    child.entry.name in marked
+                    for child in self.tables.children(self.tables.of(face, self.tables.root))
+                    if not (isinstance(child.entry, Directory) and child.entry.member is not None)
+                ):
+                    raise FileNotFoundError(errno.ENOENT, "it is being removed", name)
 
     @boundary
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
@@ -585,6 +598,7 @@ class Operations(pyfuse3.Operations):
             raise PermissionError(errno.EPERM, "namespaces cannot be re-nested", old_name)
         if self.tables.reserved(new_name):
             raise OSError(errno.EEXIST, "the name is taken", new_name)
+        self._check_not_being_removed(source.face.container, new_name)
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)
 
@@ -754,6 +768,30 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """FUSE_FSYNCDIR: likewise."""
         raise FUSEError(errno.ENOSYS)
+
+
+async def _forget_entry(directory: int, name: bytes, inode: int) -> None:
+    """Have the kernel drop a name; in a thread, since it waits for the directory's lock."""
+    await trio.to_thread.run_sync(_invalidate_entry, directory, name, inode, limiter=_forgetters)
+
+
+def _invalidate_entry(directory: int, name: bytes, inode: int) -> None:
+    # As deleted, so that inotify(7) tells; that is refused while the kernel knows of something in
+    # it or has it mounted on.
+    for deleted in (inode, 0):
+        try:
+            pyfuse3.invalidate_entry(
+                pyfuse3.InodeT(directory), pyfuse3.FileNameT(name), pyfuse3.InodeT(deleted)
+            )
+            return
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY) or not deleted:
+                raise
+
+
+_forgetters = trio.CapacityLimiter(8)
 
 
 def _caller(ctx: Any) -> Caller:

@@ -254,13 +254,15 @@ class World:
             try:
                 await self.spawner.pin(container.init_pid, kind, face.viewpoint.init_pid, path)
             except BaseException:
-                container.pins.remove(pin)
+                # It may have been let go of meanwhile, with all others.
+                if pin in container.pins:
+                    container.pins.remove(pin)
                 raise
         return path
 
     async def unpin(self, container: Container) -> None:
         """Let go of what was pinned of a container that has ended or is being rebuilt."""
-        for viewpoint, path in container.pins:
+        for viewpoint, path in list(container.pins):
             viewer = self.containers.get(viewpoint)
             if viewer is not None and viewer.phase is Phase.RUNNING:
                 # Whoever is root there may have been quicker.
@@ -310,8 +312,10 @@ class World:
                 with trio.move_on_after(LOOK_AGAIN_S):
                     await parked.park()
         finally:
+            # Two may wait for the same (one is removed while it is being rebuilt): then the watch
+            # was one as well, and who comes second looks again anyway.
             self.inotify.remove(watch)
-            del self._watched[watch]
+            self._watched.pop(watch, None)
 
     async def housekeeping(self) -> None:
         """Now and then drop the marks of processes that have ended, and have each log that refused
