@@ -64,8 +64,8 @@ def parse_types(text: str) -> frozenset[str]:
 
 
 def check_open(container: Container) -> None:
-    """Whether anybody can enter now: EPERM for the host, ENODEV for a dead container, EBUSY for a frozen
-    one."""
+    """Whether anybody can enter now: EPERM for the host, ENODEV for a dead container, EBUSY for a
+    frozen one."""
     if container.parent is None:
         raise PermissionError(errno.EPERM, "everybody is in the root container", "")
     container.check_alive()
@@ -104,6 +104,6 @@ async def enter_program(face: Face, name: str, caller: Caller) -> None:
 
 
 async def link(face: Face, name: str, source: Face, key: int, caller: Caller) -> None:
-    """link(2) into `procs/`: `key` is the PID that `source` knows the process by, 0 when what is linked
-    is no process."""
+    """link(2) into `procs/`: `key` is the PID that `source` knows the process by, 0 when what is
+    linked is no process."""
     raise PermissionError(errno.EPERM, "not yet", name)

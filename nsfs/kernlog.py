@@ -223,8 +223,8 @@ class Router:
                     await self._add(container)
                 else:
                     await self._remove(container)
-            except OSError as error:
-                # It may have ended already.
+            except (OSError, trio.ClosedResourceError, trio.BrokenResourceError) as error:
+                # It may have ended already; or nsfs-marker has, and the next one is told anew.
                 log.debug("network of %s: %s", container.name, error)
 
     async def _add(self, container: Container) -> None:

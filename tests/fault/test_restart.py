@@ -106,9 +106,7 @@ def test_nothing_of_a_container_changes(instance: Instance, tree: Path, web: Con
     assert Container(web / "db" / "new").run("hostname") == "new\n"
 
 
-def test_a_text_reader_goes_on_in_the_middle_of_a_line(
-    instance: Instance, web: Container
-) -> None:
+def test_a_text_reader_goes_on_in_the_middle_of_a_line(instance: Instance, web: Container) -> None:
     web.run("for i in 1 2 3 4 5; do echo this is line $i > /dev/kmsg; done")
     whole = (web / "kmsg").read_bytes()
     fd = os.open(web / "kmsg", os.O_RDONLY)
@@ -152,9 +150,9 @@ def test_one_that_does_not_block_does_not_block_afterwards(
         "sh",
         "-c",
         "exec 3</dev/kmsg; dd if=/dev/kmsg iflag=nonblock bs=8192 of=/dev/null 2>/dev/null; "
-        "exec /usr/bin/perl -e '$|=1; use Fcntl; sysopen(F, \"/dev/kmsg\", O_RDONLY|O_NONBLOCK) or die; "
+        'exec /usr/bin/perl -e \'$|=1; use Fcntl; sysopen(F, "/dev/kmsg", O_RDONLY|O_NONBLOCK) or die; '
         'while (1) { my $n = sysread(F, my $b, 8192); print defined $n ? "got $n\n" : "$!\n"; '
-        "last if -e \"/tmp/stop\"; select(undef, undef, undef, 0.1) }'",
+        'last if -e "/tmp/stop"; select(undef, undef, undef, 0.1) }\'',
     )
     wait_until(lambda: "temporarily unavailable" in web.read("output"), "it finds nothing")
     instance.kill_daemon()
@@ -222,7 +220,9 @@ def test_kmsg_polled_across(instance: Instance, web: Container) -> None:
 
 def test_a_directory_stream_goes_on(instance: Instance, tree: Path) -> None:
     # So many that the C library has to ask more than once.
-    names = {f"a-container-with-a-rather-long-name-that-fills-the-buffer-{n:04}" for n in range(250)}
+    names = {
+        f"a-container-with-a-rather-long-name-that-fills-the-buffer-{n:04}" for n in range(250)
+    }
     for name in names:
         os.mkdir(tree / name)
     seen: list[str] = []

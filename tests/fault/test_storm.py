@@ -205,8 +205,11 @@ def test_mkdir_interrupted_made_it_or_not(tree: Path, instance: Instance) -> Non
             assert path_state["containers"] == "0"
         else:
             assert code != 0
-    left = sum(1 for path in (tree / "web").iterdir() if path.name.startswith("n") and path.is_dir()
-               and (path / "exec").exists())
+    left = sum(
+        1
+        for path in (tree / "web").iterdir()
+        if path.name.startswith("n") and path.is_dir() and (path / "exec").exists()
+    )
     wait_until(
         lambda: Container(tree / "web").state()["containers"] == str(left), "the rest is undone"
     )

@@ -276,7 +276,9 @@ def test_binds_read_only_and_writable_with_blanks(web: Container, tmp_path: Path
     def octal(path: Path | str) -> str:
         return str(path).replace(" ", "\\040").replace("\t", "\\011")
 
-    lines = f"/mnt/in\\040here {octal(one)} ro\n/tmp/writable {octal(one)} rw\n/tmp/f {octal(two)} ro"
+    lines = (
+        f"/mnt/in\\040here {octal(one)} ro\n/tmp/writable {octal(one)} rw\n/tmp/f {octal(two)} ro"
+    )
     web.write("binds", lines)
     assert web.read("binds") == f"{lines}\n"
     assert web.run("cat '/mnt/in here/f' /tmp/writable/f /tmp/f") == "in it\nin it\na file\n"
@@ -391,9 +393,7 @@ def test_defaults_from_inside(web: Container) -> None:
     assert out.splitlines() == ["/mnt/data /tmp/data ro", "mnt pid user uts", "data"]
 
 
-def test_made_and_removed_by_a_user_of_the_host(
-    tree: Path, web: Container, hidden: Path
-) -> None:
+def test_made_and_removed_by_a_user_of_the_host(tree: Path, web: Container, hidden: Path) -> None:
     os.chown(web.path, 1000, 1000)
 
     def as_user(words: str) -> int:
@@ -426,9 +426,7 @@ def test_failed_makes_leave_nothing(tree: Path, instance: Instance) -> None:
     def trace() -> tuple[object, ...]:
         children = Path(f"/proc/{instance.daemon()}/task/{instance.daemon()}/children").read_text()
         (spawner,) = [
-            pid
-            for pid in children.split()
-            if "spawner" in Path(f"/proc/{pid}/comm").read_text()
+            pid for pid in children.split() if "spawner" in Path(f"/proc/{pid}/comm").read_text()
         ]
         return (
             sorted(p.name for p in (instance.run_dir / "c").iterdir()),

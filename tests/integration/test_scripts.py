@@ -369,7 +369,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     unit = (TOP / "systemd/nsfs.service").read_text()
-    (tmp_path / "nsfs.service").write_text(unit.replace("=nsfs ", f"={program} "))
+    (tmp_path / "nsfs.service").write_text(unit.replace("=/usr/local/bin/nsfs ", f"={program} "))
     _, out, err = run("systemd-analyze", "verify", "--man=no", tmp_path / "nsfs.service")
     assert "nsfs.service" not in out + err
 
