@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,11 +48,9 @@ def clone(tmp_path: Path) -> Path:
 # --- scripts/setup: when there is nothing to do, and what it says when it cannot ---
 
 
-def test_setup_again_does_nothing_within_seconds() -> None:
-    start_s = time.monotonic()
+def test_setup_again_does_nothing() -> None:
     status, out, err = run(TOP / "scripts/setup", "--here")
     assert (status, out, err) == (0, f"==> ready: {TOP}/.venv/bin/nsfs\n", "")
-    assert time.monotonic() - start_s < 5
 
 
 def test_setup_from_elsewhere_and_through_a_link(tmp_path: Path) -> None:
