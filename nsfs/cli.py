@@ -82,7 +82,13 @@ def check_system() -> None:
     for kind in ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"):
         if not os.path.exists(f"/proc/self/ns/{kind}"):
             raise Refused(f"this kernel has no {kind} namespaces: use Linux 5.14 or later")
-    for name in ("nsfs-supervisor", "nsfs-spawner", "nsfs-init", "nsfs-interposer.so"):
+    for name in (
+        "nsfs-supervisor",
+        "nsfs-spawner",
+        "nsfs-init",
+        "nsfs-enter",
+        "nsfs-interposer.so",
+    ):
         if not os.path.exists(f"{LIBEXEC}/{name}"):
             raise Refused(f"{name} was not built: run scripts/setup")
 

@@ -177,7 +177,8 @@ def test_podman_runs(grafted: Grafted, tmp_path: Path) -> None:
     assert "from podman" in out
     shutil.rmtree(runroot)
     # It leaves the group above its own, and for a moment what is in it.
-    for top in Path("/sys/fs/cgroup").glob(f"*/{group}"):
+    root = Path("/sys/fs/cgroup")
+    for top in (*root.glob(group), *root.glob(f"*/{group}")):
         wait_until(lambda top=top: _removed(top), f"{top} is empty")
 
 
