@@ -347,14 +347,15 @@ def test_what_contains_it_is_read_only_inside(web: Container) -> None:
 
 def test_defaults_are_inherited(web: Container) -> None:
     assert web.read("defaults/unshare") == "cgroup ipc mnt net pid syslog time user uts\n"
-    web.write("defaults/unshare", "mnt pid user uts")
+    # (A cgroup namespace of its own: where cgroups are mounted with `nsdelegate` it has to have one.)
+    web.write("defaults/unshare", "cgroup mnt pid user uts")
     os.mkdir(web / "db")
     db = Container(web / "db")
-    assert db.read("unshare") == "mnt pid user uts\n"
-    assert db.read("defaults/unshare") == "mnt pid user uts\n"
+    assert db.read("unshare") == "cgroup mnt pid user uts\n"
+    assert db.read("defaults/unshare") == "cgroup mnt pid user uts\n"
     rows = {row.split()[0]: row.split()[2] for row in db.read("namespaces").splitlines()}
     assert rows == {
-        "cgroup": "..",
+        "cgroup": "own",
         "ipc": "..",
         "mnt": "own",
         "net": "..",
