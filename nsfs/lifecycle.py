@@ -53,12 +53,14 @@ async def make(
     """
     world = parent.world
     check_name(name)
+    await parent.settled.wait()
+    # From here on nothing is waited for until the name is taken: two faces of a directory have no
+    # lock in common, so the same name may be asked for twice at once.
     existing = parent.children.get(name)
     if existing is not None and request and existing.request == request:
         return existing
     if existing is not None or reserved(name):
         raise OSError(errno.EEXIST, "the name is taken", name)
-    await parent.settled.wait()
     if parent.dying:
         raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
     parent.check_alive()
@@ -223,6 +225,9 @@ async def _start(container: Container, trees: Trees) -> None:
                 listen_fd=listener.fileno(),
             )
         )
+    if container.dying:
+        # Killed while it was being made, with what it is in.
+        raise OSError(errno.ENOENT, "it was removed", container.name)
     container.init_pid = pid
     container.phase = Phase.RUNNING
     world.watch(container)

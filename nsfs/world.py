@@ -115,7 +115,12 @@ class World:
         return each
 
     def forget(self, container: Container) -> None:
-        """Nothing of the container is left: drop what is known of it."""
+        """Nothing of the container is left: drop what is known of it.
+
+        Once: its IDs may be another's by the second time.
+        """
+        if self.containers.pop(container.number, None) is None:
+            return
         self.store.drop(container.number)
         self.ready.drop(container.number)
         if container.range is not None:
@@ -124,7 +129,6 @@ class World:
             self.faces.pop(number, None)
             self._faces.pop((viewpoint, container.number), None)
             self.marks.forget(number)
-        self.containers.pop(container.number, None)
         if len(self.containers) == 1:
             self._empty.unpark_all()
 
