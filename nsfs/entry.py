@@ -18,40 +18,58 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import logging
 import os
+import re
 import socket
 import struct
+import weakref
+from collections.abc import Sequence
+from typing import ClassVar
 
-from nsfs import namespaces
+import trio
+
+from nsfs import idmap, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.container import Container, Face, Phase
-from nsfs.spawner import Init
-from nsfs.world import process_of
+from nsfs.spawner import CLONE_NEW, LIBEXEC, STEPS, Init
+from nsfs.world import World, process_of
+
+log = logging.getLogger(__name__)
 
 ENTER_ATTRIBUTE = b"user.nsfs.enter"
 """The extended attribute of `procs/` by which the session program asks."""
+LN = frozenset(("ln", "gln"))
+MULTI_CALL = re.compile(r"(busybox|toybox|coreutils)([.-].*)?")
 
 _OFFER = struct.Struct("=iIII")
+_TRACE_REQUEST = struct.Struct("=IiiiII")
+_TRACE_REPLY = struct.Struct("=iIII")
+_TRACE_SESSION, _TRACE_MOVE = 1, 2
+_UCRED = struct.Struct("=iII")
+_TRACER_SOCKET_FD = 3
+_MFD_EXEC = 0x10  # Linux 6.3
 _SYS_PIDFD_GETFD = 438  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def take_fd(pid: int, number: int) -> int:
+def take_fd(tid: int, number: int) -> int:
     """A duplicate of the descriptor of a thread (pidfd_getfd(2)): EBADF when it has none such."""
     try:
-        pid_fd = os.pidfd_open(pid)
+        pid_fd = os.pidfd_open(tid)
     except OSError as error:
         # A thread that does not lead its group.
         if error.errno != errno.EINVAL:
             raise
-        pid_fd = os.pidfd_open(process_of(pid)[0])
+        pid_fd = os.pidfd_open(process_of(tid)[0])
     try:
         fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pid_fd, number, 0))
     finally:
         os.close(pid_fd)
     if fd < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"pidfd_getfd: {os.strerror(number)}", str(pid))
+        raise OSError(number, f"pidfd_getfd: {os.strerror(number)}", str(tid))
     return fd
 
 
@@ -69,41 +87,344 @@ def check_open(container: Container) -> None:
     if container.parent is None:
         raise PermissionError(errno.EPERM, "everybody is in the root container", "")
     container.check_alive()
-    if container.phase is Phase.REBUILDING or container.group.events()["frozen"]:
+    # Not `frozen` of cgroup.events: that comes when the last process has stopped.
+    frozen = any(each.group.frozen_by_itself() for each in container.lineage() if each.parent)
+    if frozen or container.phase is Phase.REBUILDING:
         raise OSError(errno.EBUSY, "the container is frozen", container.name)
 
 
-async def send_offer(container: Container, channel: socket.socket) -> None:
-    """Give a session program what it takes to enter the whole container."""
+def bits(types: frozenset[str]) -> int:
+    """Their clone flags."""
+    return sum(CLONE_NEW[kind] for kind in types)
+
+
+# --- sessions ---
+
+
+async def send_offer(container: Container, types: frozenset[str], channel: socket.socket) -> None:
+    """Give a session program what it takes to enter the container, or some of its namespaces."""
     with contextlib.ExitStack() as stack:
-        user_fd = os.open(f"/proc/{container.init_pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, user_fd)
-        init = Init(container.world.store.socket_path(container.number))
-        connections = [stack.enter_context(await init.hand_over()) for _ in range(2)]
-        offer = _OFFER.pack(0, 0, container.root_uid, container.root_gid)
+
+        def namespace(kind: str) -> int:
+            path = f"/proc/{container.init_pid}/ns/{kind}"
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            return fd
+
+        if types:
+            fds = [namespace(kind) for kind in sorted(types, key=lambda kind: CLONE_NEW[kind])]
+        else:
+            init = Init(container.world.store.socket_path(container.number))
+            connections = [stack.enter_context(await init.hand_over()) for _ in range(2)]
+            fds = [namespace("user"), *(each.fileno() for each in connections)]
         socket.send_fds(
             channel,
-            [offer + os.fsencode(container.name)],
-            [user_fd, *(each.fileno() for each in connections)],
+            [
+                _OFFER.pack(0, bits(types), container.root_uid, container.root_gid)
+                + os.fsencode(container.name)
+            ],
+            fds,
             socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
         )
 
 
+def check_part(types: frozenset[str]) -> None:
+    """EPERM for what would put a process with the host's files in sight of the members."""
+    if "user" in types and "mnt" not in types:
+        raise PermissionError(errno.EPERM, "user is joined with mnt only", "user")
+
+
+async def admit(container: Container, types: frozenset[str], channel: socket.socket) -> None:
+    """Wait for a process that has joined some of the namespaces, and count it among the members."""
+    channel.setblocking(False)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    with trio.socket.from_stdlib_socket(channel) as sock:
+        try:
+            data, control, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(_UCRED.size))
+            pid = next(
+                (
+                    _UCRED.unpack(payload)[0]
+                    for level, kind, payload in control
+                    if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+                ),
+                0,
+            )
+            if not data or not pid:
+                return
+            error = 0
+            try:
+                check_open(container)
+                for kind in types - {"pid"}:
+                    inside = namespaces.identity(container.init_pid, kind)
+                    if namespaces.identity(pid, kind) != inside:
+                        raise PermissionError(errno.EPERM, "it has not joined", kind)
+                group = leaf.Leaf(container, home_of(container, pid), pid, shown(types))
+                group.take()
+                container.world.start(group.watch)
+                container.tell()
+            except OSError as reason:
+                error = -(reason.errno or errno.EIO)
+            await sock.send(_OFFER.pack(error, 0, 0, 0))
+        except OSError:
+            log.debug("a session in part of %s has ended early", container.name)
+
+
+def shown(types: frozenset[str]) -> str:
+    """A list of types as it is shown."""
+    return ",".join(sorted(types))
+
+
 async def enter_program(face: Face, name: str, caller: Caller) -> None:
     """The session program asks to enter: `name` is FD or FD:TYPES."""
-    number, _, types = name.partition(":")
+    number, _, part = name.partition(":")
     if not (number.isascii() and number.isdigit() and len(number) < 8):
         raise OSError(errno.EINVAL, "not the number of a descriptor", name)
-    check_open(face.container)
-    with socket.socket(fileno=take_fd(caller.tid, int(number))) as channel:
+    types = parse_types(part) if part else frozenset()
+    container = face.container
+    check_open(container)
+    check_part(types)
+    channel = socket.socket(fileno=take_fd(caller.tid, int(number)))
+    try:
         if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             raise OSError(errno.EINVAL, "not a channel", name)
+        await send_offer(container, types, channel)
         if types:
-            raise OSError(errno.EOPNOTSUPP, "in part", name)
-        await send_offer(face.container, channel)
+            container.world.start(admit, container, types, channel.dup())
+    finally:
+        channel.close()
+
+
+# --- the tracer ---
+
+
+class Tracer:
+    """The program that changes running processes; started when it is first needed."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[World, Tracer]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            os.posix_spawn(
+                LIBEXEC / "nsfs-tracer",
+                ["nsfs-tracer"],
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _TRACER_SOCKET_FD)],
+            )
+        self.socket = ours
+        self.program_fd = sealed_program()
+
+    @classmethod
+    def of(cls, world: World) -> Tracer:
+        """The tracer of a world."""
+        found = cls._known.get(world)
+        if found is None:
+            found = cls._known[world] = cls()
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        self.socket.close()
+        os.close(self.program_fd)
+
+    @classmethod
+    async def ask(cls, world: World, request: bytes, fds: Sequence[int]) -> int:
+        """Have a request carried out; returns for how many microseconds the target was stopped."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with trio.socket.from_stdlib_socket(ours) as sock:
+            with theirs:
+                try:
+                    socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
+                except BrokenPipeError:
+                    # It was killed; another can do it as well.
+                    cls._known.pop(world).close()
+                    socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
+            data = await sock.recv(_TRACE_REPLY.size)
+        if len(data) != _TRACE_REPLY.size:
+            raise OSError(errno.EIO, "the tracer has died")
+        error, step, stopped_us, _ = _TRACE_REPLY.unpack(data)
+        if error:
+            raise OSError(-error, f"{STEPS[step]}: {os.strerror(-error)}")
+        return int(stopped_us)
+
+
+def sealed_program() -> int:
+    """The session program in memory: executable by whoever is given it, wherever he is, and never
+    to be written to (CVE-2019-5736)."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create("nsfs-enter", flags | _MFD_EXEC)
+    except OSError:
+        fd = os.memfd_create("nsfs-enter", flags)
+    with open(LIBEXEC / "nsfs-enter", "rb") as file:
+        os.write(fd, file.read())
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+# --- link(2) ---
+
+
+def is_ln(tid: int) -> bool:
+    """Whether a program is an ln(1).
+
+    Its file is called `ln` or `gln`; or it is called `busybox`, `toybox` or `coreutils`, with
+    whatever follows a dot or a hyphen, and was started as `ln`, or as itself with `ln` (or
+    `--coreutils-prog=ln`) as its first argument, or calls itself `ln` (comm): a busybox shell runs
+    its ln without executing anything.
+    """
+    try:
+        exe = os.path.basename(os.readlink(f"/proc/{tid}/exe")).removesuffix(" (deleted)")
+        with open(f"/proc/{tid}/cmdline", "rb") as file:
+            words = [os.fsdecode(word) for word in file.read(4096).split(b"\0")]
+        with open(f"/proc/{tid}/comm", "rb") as file:
+            comm = file.read()
+    except OSError:
+        return False
+    if exe in LN:
+        return True
+    if not MULTI_CALL.fullmatch(exe):
+        return False
+    called = os.path.basename(words[0])
+    return (
+        called == "ln"
+        or comm == b"ln\n"
+        or (
+            bool(MULTI_CALL.fullmatch(called))
+            and len(words) > 1
+            and words[1] in ("ln", "--coreutils-prog=ln")
+        )
+    )
+
+
+def home_of(container: Container, pid: int) -> Container:
+    """The container that a process is in; EPERM when that is none that `container` is in.
+
+    Nobody leaves one, and two that are apart cannot both hold a process.
+    """
+    root = container.world.root
+    home = members.container_of(root, pid)
+    if home is None or home not in container.lineage():
+        raise PermissionError(errno.EPERM, "it is in a container elsewhere", str(pid))
+    return home
 
 
 async def link(face: Face, name: str, source: Face, key: int, caller: Caller) -> None:
-    """link(2) into `procs/`: `key` is the PID that `source` knows the process by, 0 when what is
-    linked is no process."""
-    raise PermissionError(errno.EPERM, "not yet", name)
+    """link(2) into `procs/`: `key` is the PID that `source` knows the process by."""
+    container = face.container
+    pid = members.host_pid(source, key)
+    own = pid == process_of(caller.tid)[0]
+    base, colon, part = name.partition(":")
+    if base != str(key) and not (own and base == "self"):
+        raise OSError(errno.EINVAL, "the name is PID or PID:TYPES", name)
+    types = parse_types(part) if colon else frozenset()
+    check_open(container)
+    if members.container_of(container, pid) is not None:
+        raise OSError(errno.EEXIST, "it is in the container already", name)
+    if own and is_ln(caller.tid):
+        check_part(types)
+        await become_session(container, types, caller)
+    elif own:
+        await in_caller(container, types, pid, caller)
+    else:
+        await move(container, types, pid, caller)
+
+
+async def become_session(container: Container, types: frozenset[str], caller: Caller) -> None:
+    """Make the caller, which is an ln(1), the session program.
+
+    It stops only when its link(2) is answered: the kernel asks to interrupt that when the tracer
+    interrupts it, so this is cancelled.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        await send_offer(container, types, ours)
+        if types:
+            container.world.start(admit, container, types, ours.dup())
+        name = os.fsencode(container.name)[:200]
+        request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
+        fds = (Tracer.of(container.world).program_fd, os.dup(theirs.fileno()))
+    await _traced(container.world, request, fds)
+
+
+async def in_caller(container: Container, types: frozenset[str], pid: int, caller: Caller) -> None:
+    """Move the caller itself: the result of its link(2) is set by the tracer."""
+    done = trio.Event()
+    failed: list[OSError] = []
+
+    async def work() -> None:
+        try:
+            await move(container, types, pid, caller)
+        except OSError as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    container.world.start(work)
+    await done.wait()
+    if failed:
+        raise failed[0]
+
+
+async def _traced(world: World, request: bytes, fds: tuple[int, int]) -> None:
+    done = trio.Event()
+    failed: list[OSError] = []
+
+    async def work() -> None:
+        try:
+            await Tracer.ask(world, request, fds)
+        except OSError as error:
+            failed.append(error)
+        finally:
+            os.close(fds[1])
+            done.set()
+
+    world.start(work)
+    await done.wait()
+    if failed:
+        raise failed[0]
+
+
+def _ids(pid: int) -> list[int]:
+    """Every user and group ID of a process, the host's."""
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        fields = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+    return [int(x) for key in ("Uid", "Gid", "Groups") for x in fields[key].split()]
+
+
+async def move(container: Container, types: frozenset[str], pid: int, caller: Caller) -> None:
+    """Move a process in place: into all namespaces that are asked for, or none.
+
+    EPERM for what the kernel refuses, for `user` and `pid` when its IDs are not the container's,
+    for a program that is not of this architecture; EBUSY when it has several threads or does not
+    stop.
+    """
+    home = home_of(container, pid)
+    wanted = frozenset(
+        kind
+        for kind in types or namespaces.ALL
+        if namespaces.identity(pid, kind) != namespaces.identity(container.init_pid, kind)
+    )
+    if wanted & {"user", "pid"} and any(
+        idmap.to_inside(container.map, ident) is None for ident in _ids(pid)
+    ):
+        raise PermissionError(errno.EPERM, "its IDs are not the container's", str(pid))
+    if types:
+        group = leaf.Leaf(container, home, pid, shown(types))
+    else:
+        group = leaf.Whole(container, home, pid, "")
+    group.take()
+    try:
+        own = pid == process_of(caller.tid)[0]
+        request = _TRACE_REQUEST.pack(
+            _TRACE_MOVE, pid, pid if own else caller.tid, container.init_pid, bits(wanted), 0
+        )
+        stopped_us = await Tracer.ask(container.world, request, ())
+    except BaseException:
+        group.undo()
+        raise
+    log.debug("%d was stopped for %d us", pid, stopped_us)
+    if types:
+        container.world.start(group.watch)
+    container.tell()

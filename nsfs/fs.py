@@ -273,10 +273,11 @@ class Operations(pyfuse3.Operations):
             return entry.find(parent.face, name, caller)
         except FileNotFoundError:
             # rm and find remove what they have listed, and take it ill when it is gone by then.
-            if name.isdigit() and self.listed:
-                inode = self.tables.of(parent.face, entry.member or entry, int(name)).ino
+            pid = name.partition(":")[0]
+            if pid.isdigit() and self.listed:
+                inode = self.tables.of(parent.face, entry.member or entry, int(pid)).ino
                 if inode in self.listed.get(self.processes.of(caller.tid), ()):
-                    return int(name)
+                    return int(pid)
             raise
 
     def _bound(self, name: str) -> Node:

@@ -519,7 +519,10 @@ class Router:
             log.exception("kernel lines are not routed any more")
         finally:
             if self.firewall_log is not None:
-                self.firewall_log.close()
+                try:
+                    self.firewall_log.close()
+                except OSError:
+                    log.exception("the firewall's log may be left on")
 
     async def _run_once(self, instance: str) -> None:
         """As long as one nsfs-marker lives."""

@@ -68,19 +68,19 @@ def seen_pid(pid: int, depth: int) -> int:
     return int(numbers[depth]) if depth < len(numbers) else 0
 
 
-def seen_pids(face: Face) -> Iterator[int]:
-    """The members, as the face's viewpoint numbers them."""
+def seen_pids(face: Face) -> Iterator[tuple[int, int]]:
+    """The members: the host's PID, and the one by which the face's viewpoint knows it."""
     depth = level(face.viewpoint)
     for pid in host_pids(face.container):
         if not depth:
-            yield pid
+            yield pid, pid
             continue
         try:
             seen = seen_pid(pid, depth)
         except FileNotFoundError:
             continue
         if seen:
-            yield seen
+            yield pid, seen
 
 
 def host_pid(face: Face, seen: int) -> int:

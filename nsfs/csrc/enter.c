@@ -1060,7 +1060,13 @@ int main(int argc, char **argv)
 	name = container;
 	on_terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && !tcgetattr(STDIN_FILENO, &outer_mode);
 	if (channel) {
+		/* The program itself is still open, and whatever the ln inherited. */
 		channel_fd = atoi(channel);
+		if (channel_fd < 3 || (channel_fd != 3 && dup2(channel_fd, 3) < 0))
+			usage();
+		channel_fd = 3;
+		(void)fcntl(channel_fd, F_SETFD, FD_CLOEXEC);
+		syscall(SYS_close_range, 4, ~0U, 0);
 	} else {
 		const bool is_path = *container == '/' || !strncmp(container, "./", 2) ||
 			!strncmp(container, "../", 3);

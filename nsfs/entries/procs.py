@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nsfs import entry, members
+from nsfs import entry, leaf, members
 from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
 from nsfs.world import process_of
@@ -23,8 +23,10 @@ async def process_show(face: Face, key: int) -> str:
 
 def procs_names(face: Face) -> Iterator[tuple[str, int]]:
     """The PIDs, in the order in which the kernel gives them."""
-    for pid in members.seen_pids(face):
-        yield str(pid), pid
+    in_part = leaf.partial(face.container)
+    for pid, seen in members.seen_pids(face):
+        types = in_part.get(pid)
+        yield f"{seen}:{types}" if types else str(seen), seen
 
 
 def procs_find(face: Face, name: str, caller: Caller) -> int:
@@ -34,10 +36,13 @@ def procs_find(face: Face, name: str, caller: Caller) -> int:
         if members.container_of(face.container, pid) is None:
             raise members.no_process("self")
         return members.seen_pid(pid, members.level(face.viewpoint))
-    if not (name.isascii() and name.isdigit() and len(name) <= 7) or name != str(int(name)):
+    base, _, types = name.partition(":")
+    if not (base.isascii() and base.isdigit() and len(base) <= 7) or base != str(int(base)):
         raise members.no_process(name)
-    members.host_pid(face, int(name))
-    return int(name)
+    pid = members.host_pid(face, int(base))
+    if leaf.partial(face.container).get(pid, "") != types or (":" in name) != bool(types):
+        raise members.no_process(name)
+    return int(base)
 
 
 PROCESS = Attribute("PID", show=process_show, mode=0o644)

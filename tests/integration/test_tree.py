@@ -127,6 +127,8 @@ def test_values_that_are_refused_change_nothing(web: Container) -> None:
         ("uts/hostname", "x" * 65, errno.ERANGE),
     ):
         before = {n: web.read(n) for n in ("freeze", "rootfs", "idmap", "unshare", "binds")}
+        # What could not be executed takes a moment to be gone.
+        wait_until(lambda: web.state()["populated"] == "0", "it is idle")
         refused(number, web.write, name, value)
         assert {n: web.read(n) for n in before} == before, name
     refused(errno.E2BIG, web.write, "rootfs", "/" + "x" * 5000)

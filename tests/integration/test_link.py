@@ -1,0 +1,239 @@
+"""`ln procs/self C/procs/`: an ln(1) becomes the user's shell in the container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nsfs.spawner import LIBEXEC
+
+from .conftest import Container, Instance, wait_until
+from .terminal import terminal
+
+DEADLINE_S = 20.0
+LNS = ("ln", "busybox ln", "toybox ln")
+ENTER = str(LIBEXEC / "nsfs-enter")
+
+
+def link(
+    tree: Path, container: Container, text: str, ln: str = "ln", name: str = "", **options: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a script by the ln session."""
+    if not shutil.which(ln.split()[0]):
+        pytest.skip(f"no {ln}")
+    return subprocess.run(
+        [*ln.split(), str(tree / "procs/self"), f"{container.path}/procs/{name}"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize("ln", LNS)
+def test_a_session_without_a_terminal(tree: Path, web: Container, ln: str) -> None:
+    done = link(tree, web, "hostname; id -u; seq 1 50000; echo error >&2; exit 33\n", ln)
+    assert done.returncode == 33
+    assert done.stderr == "error\n"
+    assert done.stdout == "web\n0\n" + "".join(f"{n}\n" for n in range(1, 50001))
+
+
+def test_a_program_called_otherwise_is_recognised_by_its_file(
+    tree: Path, web: Container, tmp_path: Path
+) -> None:
+    shutil.copy("/usr/bin/ln", tmp_path / "gln")
+    assert link(tree, web, "exit 3", str(tmp_path / "gln")).returncode == 3
+    os.symlink(shutil.which("busybox") or "/bin/busybox", tmp_path / "ln")
+    assert link(tree, web, "exit 4", str(tmp_path / "ln")).returncode == 4
+    # A copy by another name is no ln: it is moved in place, which is refused.
+    shutil.copy("/usr/bin/ln", tmp_path / "other")
+    assert "not permitted" in link(tree, web, "", str(tmp_path / "other")).stderr
+
+
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
+@pytest.mark.parametrize("ln", LNS)
+def test_a_session_on_a_terminal(tree: Path, web: Container, ln: str, shell: str) -> None:
+    env = {"SHELL": "/bin/sh", "ENV": ""}
+    with terminal(*shell.split(), env=env) as outer:
+        outer.expect("ready> ")
+        time.sleep(0.2)
+        outer.run(f"{ln} {tree}/procs/self {web.path}/procs/", "# ")
+        outer.run("hostname; tty", r"web\r\n/dev/pts/0\r\n")
+        outer.expect("# ")
+        outer.run("echo sle''eping; sleep 1000", "sleeping")
+        time.sleep(0.2)
+        outer.send("\x03")
+        outer.expect("# ")
+        outer.run("echo al''ive", "alive")
+        outer.expect("# ")
+        outer.run("exit 33", "ready> ")
+        time.sleep(0.2)
+        outer.run("echo code=$?", "code=33")
+
+
+def test_nothing_of_the_host_gets_in(tree: Path, web: Container) -> None:
+    with open("/etc/shadow") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        done = link(
+            tree,
+            web,
+            "ls /proc/self/fd | tr '\\n' ' '; env; tail -n1 /proc/self/cgroup;"
+            "readlink /proc/$$/exe",
+            env={"PATH": os.environ["PATH"], "SECRET": "x", "SHELL": "/bin/sh"},
+            pass_fds=[secret.fileno()],
+        )
+    assert done.stdout.startswith("0 1 2 3 ")
+    assert "SECRET" not in done.stdout
+    assert "0::/\n" in done.stdout
+    assert "memfd" not in done.stdout
+
+
+def test_the_program_is_sealed(tree: Path, web: Container) -> None:
+    with subprocess.Popen(
+        ["ln", str(tree / "procs/self"), f"{web.path}/procs/"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("echo ready\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "ready\n"
+        assert "memfd:nsfs-enter" in os.readlink(f"/proc/{process.pid}/exe")
+        with pytest.raises(OSError, match=r"(?i)busy|permitted"):
+            os.write(os.open(f"/proc/{process.pid}/exe", os.O_WRONLY), b"x")
+        fds = [
+            os.readlink(f"/proc/{process.pid}/fd/{n}")
+            for n in os.listdir(f"/proc/{process.pid}/fd")
+        ]
+        assert not [fd for fd in fds if "memfd" in fd]
+        process.stdin.write("exit 6\n")
+        process.stdin.close()
+        assert process.wait(DEADLINE_S) == 6
+
+
+def test_in_part(tree: Path, web: Container) -> None:
+    script = (
+        "readlink /proc/self/ns/net /proc/self/ns/uts; ls /sys/class/net; echo $SECRET; exit 5\n"
+    )
+    done = link(tree, web, script, name="self:net", env={**os.environ, "SECRET": "mine"})
+    assert done.returncode == 5, done
+    net, uts, *rest = done.stdout.split()
+    assert net == os.readlink(f"/proc/{web.init}/ns/net")
+    assert uts == os.readlink("/proc/self/ns/uts")
+    # It is the user's own process, with his environment; but /sys is that of the namespace.
+    assert rest == ["lo", "mine"]
+    wait_until(lambda: web.state()["procs"] == "0", "it has ended")
+
+
+def test_in_part_it_is_listed_counted_and_killed(tree: Path, web: Container) -> None:
+    with subprocess.Popen(
+        [ENTER, "--only", "net,uts", str(web.path), "--", "sh", "-c", "echo ready; sleep 1000; :"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        names = os.listdir(web / "procs")
+        assert len(names) == 2
+        assert all(name.endswith(":net,uts") for name in names)
+        assert web.state()["procs"] == "2"
+        assert all(name.split(":")[0] in os.listdir(tree / "procs") for name in names)
+        subprocess.run(["rm", "-rf", str(web.path)], check=True)
+        assert process.wait(DEADLINE_S) == 137
+
+
+def test_part_of_a_user_namespace_needs_its_mounts(tree: Path, web: Container) -> None:
+    assert link(tree, web, "", name="self:user,net").returncode == 1
+    done = link(
+        tree,
+        web,
+        "id -u; echo $SECRET\n",
+        name="self:user,mnt,pid,net,ipc,uts",
+        env={**os.environ, "SECRET": "x"},
+    )
+    assert done.stdout == "0\n\n", done
+
+
+def test_what_cannot_be_linked(tree: Path, web: Container) -> None:
+    assert "exist" in link(tree, Container(tree), "").stderr
+    assert "Invalid" in link(tree, web, "", name="self:nets").stderr
+    assert "Invalid" in link(tree, web, "", name="other").stderr
+    done = subprocess.run(
+        ["ln", str(tree / "state"), str(web / "procs/")], capture_output=True, text=True
+    )
+    assert "not permitted" in done.stderr
+    web.write("freeze", "1")
+    assert "busy" in link(tree, web, "").stderr
+    web.write("freeze", "0")
+
+
+@pytest.mark.parametrize("how", [["sudo", "-n"], ["sudo", "-n", "-u", "#0"], ["su", "root", "-c"]])
+def test_under_sudo_and_su(tree: Path, web: Container, how: list[str]) -> None:
+    if not shutil.which(how[0]):
+        pytest.skip(f"no {how[0]}")
+    line = f"ln {tree}/procs/self {web.path}/procs/"
+    words = [*how, line] if how[-1] == "-c" else [*how, "sh", "-c", line + "; exit $?"]
+    done = subprocess.run(words, input="hostname; exit 33\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (33, "web\n"), done
+
+
+def test_inside_for_a_nested_container(tree: Path, web: Container) -> None:
+    text = (
+        "mkdir /sys/namespaces/in; cd /sys/namespaces; "
+        "echo 'hostname; id -u; exit 7' | SHELL=/bin/sh ln procs/self in/procs/; echo $?"
+    )
+    assert web.run(text) == "in\n0\n7\n"
+
+
+def test_a_hundred_sessions_leave_nothing(instance: Instance, tree: Path, web: Container) -> None:
+    def descriptors() -> tuple[int, int]:
+        pids = (instance.daemon(), web.init)
+        return tuple(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)  # type: ignore[return-value]
+
+    env = {**os.environ, "SHELL": "/bin/true"}
+    assert link(tree, web, "", env=env).returncode == 0
+    before = descriptors()
+    for _ in range(100):
+        assert link(tree, web, "", env=env).returncode == 0
+    wait_until(lambda: descriptors() <= before, f"{before} {descriptors()}")
+
+
+# --- jobs by name ---
+
+
+def test_jobs_by_name(tree: Path, web: Container) -> None:
+    other = Container(tree / "other")
+    other.path.mkdir()
+    # A multi-process job in each, called the same.
+    job = (
+        "for n in 1 2 3; do sh -c 'trap \"exit 0\" TERM; while :; do sleep 0.05; done' & done; wait"
+    )
+    for each in (web, other):
+        (each / "calculate_pi").mkdir()
+        Container(each / "calculate_pi").start("sh", "-c", job)
+    jobs = [Container(each / "calculate_pi") for each in (web, other)]
+    for each in jobs:
+        wait_until(lambda each=each: int(each.state()["procs"]) >= 4, "it runs")
+    # By its relative name inside, by its absolute one outside.
+    assert "calculate_pi" in web.run("ls /sys/namespaces").split()
+    assert os.path.isdir(tree / "web/calculate_pi")
+    inside = web.run("ls /sys/namespaces/calculate_pi/procs").split()
+    assert len(inside) >= 4
+    jobs[0].write("freeze", "1")
+    wait_until(lambda: jobs[0].state()["frozen"] == "1", "frozen")
+    assert jobs[1].state()["frozen"] == "0"
+    assert web.state()["frozen"] == "0"
+    jobs[0].write("freeze", "0")
+    web.run("echo TERM > /sys/namespaces/calculate_pi/kill")
+    wait_until(lambda: jobs[0].state()["procs"] == "0", "it has ended")
+    assert int(jobs[1].state()["procs"]) >= 4
+    jobs[1].write("kill", "1")
+    wait_until(lambda: jobs[1].state()["procs"] == "0", "it is dead")
