@@ -24,6 +24,9 @@ from hypothesis.stateful import (
 
 from tests.integration.conftest import Container, Instance, serving, wait_until
 
+# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
+pytestmark = pytest.mark.slow
+
 NAMES = ("a", "b", "c")
 MODES = (0o755, 0o700, 0o555, 0o711)
 UNSHARES = ("mnt pid user uts", "ipc mnt net pid user uts", "mnt pid time user uts")

@@ -19,6 +19,9 @@ import pytest
 from .conftest import DEADLINE_S, Container, Instance, serving, wait_until
 from .firewall import Net, run, tier
 
+# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
+pytestmark = pytest.mark.slow
+
 COUNT = 200
 REJECT = """
 iptables -A INPUT -p udp --dport 9 -j LOG --log-prefix "{name} rejects: "

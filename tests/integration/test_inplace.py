@@ -21,6 +21,9 @@ from nsfs.spawner import CLONE_NEW
 from .conftest import Container, wait_until
 from .terminal import terminal
 
+# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 20.0
 
 

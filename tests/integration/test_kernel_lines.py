@@ -13,6 +13,9 @@ import pytest
 from .conftest import DEADLINE_S, Container, Instance, serving, wait_until
 from .firewall import Net, in_net, kernel, prefixes, status, texts, traffic
 
+# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
+pytestmark = pytest.mark.slow
+
 NF_LOG = Path("/proc/sys/net/netfilter/nf_log_all_netns")
 NOTE = Path("/run/nsfs.nf_log_all_netns")
 TIERS = ("exact", "context", "own")
