@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN_S = 0.1
 """How long to wait for the event that a group is empty before it is looked at anyway."""
 HOUSEKEEPING_S = 10.0
-FAILED_EXEC_S = 0.1
+FAILED_EXEC_MS = 100
 """How long the process of a command that could not be executed may take to go."""
 NO_FACE = 0xFFFFFFFF
 """A face that never is: the numbers end before."""
@@ -237,10 +237,11 @@ class World:
             fds = (self.null_fd, output_fd, output_fd)
             command = await init.execute(words, environment, fds, keep_status=False)
         except OSError:
-            # What could not be executed is to be gone when that is told: it would count as a member.
-            with trio.move_on_after(FAILED_EXEC_S):
-                while container.populated():
-                    await trio.sleep(0.001)
+            # What could not be executed is to be gone when that is told: it counts as a member.
+            for _ in range(FAILED_EXEC_MS):
+                if not container.populated():
+                    break
+                await trio.sleep(0.001)
             raise
         finally:
             # It is a file of our own mount: its close is a request, which we are to answer.
