@@ -38,6 +38,7 @@ from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
 from nsfs.tree import Marks
+from nsfs.view import Views
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class World:
         """Open files' tokens to what the next daemon needs to go on with them."""
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""
+        self.views = Views()
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
         self.faces: dict[int, tuple[int, int]] = {}
@@ -300,6 +302,7 @@ class World:
             self.inotify.remove(watch)
             self._watched.pop(watch, None)
         container.watches.clear()
+        self.views.ended(container)
         self.ended(container)
 
     async def watch_events(self) -> None:
@@ -337,6 +340,7 @@ class World:
             await trio.sleep(HOUSEKEEPING_S)
             if self.marks.sweep():
                 self.store.clear_marks()
+            self.views.close_idle()
             for each in self.containers.values():
                 if each.own_log is not None:
                     each.own_log.report_suppressed()
@@ -351,6 +355,7 @@ class World:
             container.init_pid = 0
             self.ready.drop(container.number)
             container.save()
+            self.views.ended(container)
             log.info("the init of %s has ended", container.name)
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:
