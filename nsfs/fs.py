@@ -42,15 +42,17 @@ from nsfs.attribute import (
 from nsfs.authority import check_seen_once
 from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program
-from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SHOWN, Names, Node, Paths, Tables, ino
+from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
 from nsfs.view import check_write, lives, tag
-from nsfs.world import Processes, World, process_lives
+from nsfs.world import Processes, World, process_lives, process_of
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 1.0
 """How long the kernel may believe an entry and its attributes; what changes before is
 invalidated."""
+FOREVER_S = 3600.0
+"""The same for what never changes."""
 DIRECTORY_COOKIE = 1 << 32
 """Where the directory offsets of the tables' directories begin: after those of all files."""
 CHILD_COOKIE = 1 << 40
@@ -193,8 +195,7 @@ class Value(OpenFile):
         """Nobody polls it any more."""
         if self.watchers is not None:
             self.watchers.drop(self)
-        if self.entry.store is not None:
-            self.face.world.opens.drop(self.token)
+        self.face.world.opens.drop(self.token)
 
 
 class Listing:
@@ -383,6 +384,15 @@ class Operations(pyfuse3.Operations):
         if entry is self.tables.root:
             mode = face.directory_mode()
             uid, gid = face.owner(None)
+        elif number == KEYED + SELF:
+            # One file for all who look, so that the kernel may keep it; and where nobody is not a
+            # member, its name as well.
+            mode = entry.mode | 0o666
+            uid, gid = face.viewpoint.root_uid, face.viewpoint.root_gid
+            if face.number == 0:
+                attr.entry_timeout = attr.attr_timeout = FOREVER_S
+            elif not face.inner:
+                attr.entry_timeout = 0
         elif KEYED <= number < SHOWN:
             mode = entry.mode
             uid, gid = self._process_owner(node)
@@ -813,7 +823,18 @@ class Operations(pyfuse3.Operations):
             node.entry.truncate(node.face, _caller(ctx))
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
+    def _own(self, node: Node, caller: Caller) -> Node:
+        """What `procs/self` is to that caller."""
+        pid = process_of(caller.tid)[0]
+        if members.container_of(node.face.container, pid) is None:
+            raise members.no_process("self")
+        key = members.seen_pid(pid, members.level(node.face.viewpoint))
+        return self.tables.of(node.face, node.entry, key)
+
     def _open(self, node: Node, token: int, flags: int, caller: Caller) -> OpenFile:
+        own = node.ino & NUMBER_MASK == KEYED + SELF
+        if own:
+            node = self._own(node, caller)
         entry = node.entry
         if not isinstance(entry, Attribute):
             raise OSError(errno.EINVAL, "no file", entry.name)
@@ -831,6 +852,9 @@ class Operations(pyfuse3.Operations):
         view = self.tables.view(node)
         if view is not None and not lives(tag(node.face, view)):
             raise FileNotFoundError(errno.ENOENT, "the namespace is dead", entry.name)
+        if own:
+            # The next daemon has to know whose.
+            self.world.opens.put(token, caller.uid, caller.gid, caller.tid)
         return Value(node, token, flags, caller, self)
 
     def _reopen(self, node: Node, token: int) -> OpenFile:
@@ -842,6 +866,8 @@ class Operations(pyfuse3.Operations):
         known = self.world.opens.get(token)
         # That of a file opened only to be read was not kept: it is nobody's to write.
         caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
+        if known and node.ino & NUMBER_MASK == KEYED + SELF:
+            node = self._own(node, caller)
         value = Value(node, token, 0, caller, self)
         # What changed while there was no daemon is told, even if that was nothing.
         value.version = -1

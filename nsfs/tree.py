@@ -29,6 +29,8 @@ NUMBER_MASK = (1 << FACE_SHIFT) - 1
 KEYED = 1 << 24
 SHOWN = 1 << 25
 """Where the numbers of what views show begin."""
+SELF = 0
+"""The key of what is another for each who looks: the viewer's own entry."""
 ROOT_NUMBER = 1
 """Of a face's own directory.  The root face is 0, so the root's inode is FUSE_ROOT_ID, 1."""
 

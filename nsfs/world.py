@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from nsfs import idmap
+from nsfs import cgroup, idmap
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
@@ -393,10 +393,10 @@ def process_of(tid: int) -> tuple[int, int]:
     (tid, 0) when it has ended.
     """
     try:
-        with open(f"/proc/{tid}/status", "rb") as file:
-            tgid = next(int(line[5:]) for line in file if line.startswith(b"Tgid:"))
+        status = cgroup.read_once(f"/proc/{tid}/status")
+        tgid = int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
         return tgid, start_time(tgid)
-    except (OSError, StopIteration):
+    except (OSError, ValueError):
         return tid, 0
 
 
@@ -425,9 +425,8 @@ class Processes:
 
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The command may contain blanks and parentheses; nothing after it does.
-        return int(file.read().rpartition(b")")[2].split()[19])
+    # The command may contain blanks and parentheses; nothing after it does.
+    return int(cgroup.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
 def process_lives(process: tuple[int, int]) -> bool:
