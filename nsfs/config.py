@@ -271,6 +271,13 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Make:
+    """[make]: how many containers are kept ready in advance for mkdir."""
+
+    spare: Annotated[int, _number(0, 2)] = 1
+
+
+@dataclass(frozen=True)
 class Log:
     """[log]: `bytes` of each ring; records a second and at once, None for no limit.
 
@@ -308,6 +315,7 @@ class Config:
     mount: Mount = field(default_factory=Mount)
     ids: Ids = field(default_factory=Ids)
     defaults: Defaults = field(default_factory=Defaults)
+    make: Make = field(default_factory=Make)
     log: Log = field(default_factory=Log)
     discovery: Discovery = field(default_factory=Discovery)
     limits: Limits = field(default_factory=Limits)
@@ -318,6 +326,7 @@ SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
         "mount": Mount,
         "ids": Ids,
         "defaults": Defaults,
+        "make": Make,
         "log": Log,
         "discovery": Discovery,
         "limits": Limits,

@@ -36,6 +36,8 @@ HOSTNAME_MAX = 64
 class Phase(enum.Enum):
     """Where a container is in its life."""
 
+    SPARE = "spare"
+    """Being made, or ready, without a name: for a mkdir to come (see `spare`)."""
     MAKING = "making"
     """Also, in its record, for as long as it runs: `World.ready` tells of those that are ready."""
     RUNNING = "running"

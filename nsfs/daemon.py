@@ -34,6 +34,7 @@ from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT
 from nsfs.fs import Operations
 from nsfs.kernlog import Router
+from nsfs.spare import Spares
 from nsfs.spawner import FEATURES, Spawner
 from nsfs.store import Store
 from nsfs.takeover import Device
@@ -75,11 +76,13 @@ class Control:
         args: argparse.Namespace,
         features: frozenset[str],
         router: Router,
+        spares: Spares,
     ) -> None:
         self.world = world
         self.args = args
         self.features = features
         self.router = router
+        self.spares = spares
         self.end = trio.Event()
 
     @contextlib.contextmanager
@@ -125,6 +128,7 @@ class Control:
             "cgroup": self.world.root.group.path,
             "daemon": os.getpid(),
             "containers": sum(1 for _ in self.world.root.descendants()),
+            "spare": len(self.spares.ready),
             "controllers": {
                 "v2": sorted(hierarchies.controllers),
                 "v1": sorted(hierarchies.v1),
@@ -155,7 +159,8 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         # The mount is the supervisor's to take down.
         stack.callback(pyfuse3.close, unmount=False)
         router = Router(world)
-        control = Control(world, args, await spawner.features(), router)
+        spares = Spares(world)
+        control = Control(world, args, await spawner.features(), router, spares)
         listener = stack.enter_context(control.listening())
         async with trio.open_nursery() as nursery:
             world.nursery = nursery
@@ -166,12 +171,14 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(world.watch_events)
             nursery.start_soon(router.run)
             nursery.start_soon(world.housekeeping)
+            nursery.start_soon(spares.run)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_wait_for_signal, control.end)
             await world.prime()
             device.ready()
             log.info("generation %d serves %s", device.generation, args.dir)
             await control.end.wait()
+            spares.close()
             await _end_all(world)
             nursery.cancel_scope.cancel()
 

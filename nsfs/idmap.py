@@ -109,6 +109,11 @@ class Ranges:
                 return start
         raise OSError(errno.ENOSPC, "all ranges of user IDs are taken")
 
+    @property
+    def free(self) -> int:
+        """How many are left."""
+        return self._count - len(self._used)
+
     def claim(self, start: int) -> None:
         """A range is used, as is known from a record."""
         self._used.add(start)

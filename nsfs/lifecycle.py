@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -67,26 +68,54 @@ async def make(
     if parent.suspended():
         # Its init would be suspended before it is ready.
         raise OSError(errno.EBUSY, "the parent is frozen", parent.name)
-    each = world.new_container(parent, name, build or parent.child_build())
+    build = build or parent.child_build()
+    spare = world.claim(parent, build, caller)
+    each = spare or world.new_container(parent, build)
+    each.name, each.request, each.since = name, request, time.time()
     each.uid, each.gid, each.mode = caller.uid, caller.gid, mode
-    each.request = request
+    parent.children[name] = each
     try:
-        _give_ids(each)
-        each.save()
-        trees = await _trees(each, each.build)
-        try:
-            _make_groups(each)
-            await _start(each, trees)
-        finally:
-            trees.close()
+        if spare is None:
+            await construct(each)
+        else:
+            each.phase = Phase.MAKING
+            each.save()
+            await world.spawner.set_hostname(each.init_pid, overflow_hostname(name))
+        _run(each)
         if not world.ready.put(each.number, 1):
             each.save()
     except BaseException:
-        _detach(each)
-        _begin_end(each)
+        undo(each)
         raise
     parent.tell()
     return each
+
+
+async def construct(container: Container) -> None:
+    """Make what a container that has its numbers consists of: IDs, record, groups, init."""
+    _give_ids(container)
+    container.save()
+    trees = await _trees(container, container.build)
+    try:
+        _make_groups(container)
+        await _start(container, trees)
+    finally:
+        trees.close()
+
+
+def undo(container: Container) -> None:
+    """Remove, in the background, a container that nobody was told of."""
+    _detach(container)
+    _begin_end(container)
+
+
+def _run(container: Container) -> None:
+    """It is ready: from now on it runs."""
+    if container.dying:
+        # Killed while it was being made, with what it is in.
+        raise OSError(errno.ENOENT, "it was removed", container.name)
+    container.phase = Phase.RUNNING
+    container.world.watch(container)
 
 
 def _give_ids(container: Container) -> None:
@@ -194,11 +223,11 @@ async def _trees(container: Container, build: Build) -> Trees:
 
 
 async def _start(container: Container, trees: Trees) -> None:
-    """Start the init in groups that are there; on success the container runs."""
+    """Start the init in groups that are there; it is ready when this returns."""
     world, build, parent = container.world, container.build, container.parent
     assert parent is not None
     with _listening(world.store.socket_path(container.number)) as listener:
-        pid = await world.spawner.make(
+        container.init_pid = await world.spawner.make(
             Recipe(
                 face=container.number,
                 hostname=overflow_hostname(container.name),
@@ -225,12 +254,6 @@ async def _start(container: Container, trees: Trees) -> None:
                 listen_fd=listener.fileno(),
             )
         )
-    if container.dying:
-        # Killed while it was being made, with what it is in.
-        raise OSError(errno.ENOENT, "it was removed", container.name)
-    container.init_pid = pid
-    container.phase = Phase.RUNNING
-    world.watch(container)
 
 
 async def rebuild(container: Container, build: Build) -> None:
@@ -285,6 +308,7 @@ async def _exchange(container: Container, trees: Trees) -> None:
     container.group.remove()
     _make_groups(container)
     await _start(container, trees)
+    _run(container)
     container.save()
 
 

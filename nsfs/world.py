@@ -18,7 +18,8 @@ from typing import Any
 
 import trio
 
-from nsfs import cgroup, idmap
+from nsfs import idmap
+from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
@@ -38,7 +39,6 @@ from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
 from nsfs.tree import Marks
-from nsfs.view import Views
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ LOOK_AGAIN_S = 0.1
 HOUSEKEEPING_S = 10.0
 FAILED_EXEC_MS = 100
 """How long the process of a command that could not be executed may take to go."""
+UNFINISHED = (Phase.SPARE, Phase.MAKING, Phase.GONE)
+"""Of what a record says: nobody was told that it is there, or it was being removed."""
 NO_FACE = 0xFFFFFFFF
 """A face that never is: the numbers end before."""
 OUTPUT_BYTES = 65536
@@ -67,7 +69,6 @@ class World:
         """Open files' tokens to what the next daemon needs to go on with them."""
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""
-        self.views = Views()
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
         self.faces: dict[int, tuple[int, int]] = {}
@@ -83,6 +84,8 @@ class World:
         """A container runs."""
         self.ended: Callable[[Container], None] = lambda container: None
         """It does not any more."""
+        self.claim: Callable[[Container, Build, Caller], Container | None] = lambda *_: None
+        """A container that was made in advance, without a name, for such a mkdir (`spare`)."""
         self.subscribe: Callable[[Container, tuple[int, ...]], Awaitable[None]]
         """Make the packets of these NFLOG groups lines of a container's log."""
         self.firewall_stat: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
@@ -107,14 +110,12 @@ class World:
         for viewpoint, number in container.faces.items():
             self.faces[number] = (viewpoint, container.number)
 
-    def new_container(self, parent: Container, name: str, build: Build) -> Container:
-        """A container with its numbers, in the tree as one that is being made."""
+    def new_container(self, parent: Container, build: Build) -> Container:
+        """A container with its numbers, without a name, and not in the tree yet."""
         number = self.store.number()
-        each = Container(self, number, name, parent, parent.group.child(number), build)
-        each.since = time.time()
+        each = Container(self, number, "", parent, parent.group.child(number), build)
         each.faces[number] = number
         each.faces[ROOT] = self.store.number()
-        parent.children[name] = each
         self._register(each)
         return each
 
@@ -157,7 +158,7 @@ class World:
             self._register(each)
             if each.phase is Phase.MAKING and self.ready.get(number):
                 each.phase = Phase.RUNNING
-            if each.phase in (Phase.MAKING, Phase.GONE) or parent.phase is Phase.GONE:
+            if each.phase in UNFINISHED or parent.phase is Phase.GONE:
                 each.phase = Phase.GONE
                 doomed.append(each)
             else:
@@ -302,7 +303,6 @@ class World:
             self.inotify.remove(watch)
             self._watched.pop(watch, None)
         container.watches.clear()
-        self.views.ended(container)
         self.ended(container)
 
     async def watch_events(self) -> None:
@@ -340,7 +340,6 @@ class World:
             await trio.sleep(HOUSEKEEPING_S)
             if self.marks.sweep():
                 self.store.clear_marks()
-            self.views.close_idle()
             for each in self.containers.values():
                 if each.own_log is not None:
                     each.own_log.report_suppressed()
@@ -355,7 +354,6 @@ class World:
             container.init_pid = 0
             self.ready.drop(container.number)
             container.save()
-            self.views.ended(container)
             log.info("the init of %s has ended", container.name)
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:
@@ -393,10 +391,10 @@ def process_of(tid: int) -> tuple[int, int]:
     (tid, 0) when it has ended.
     """
     try:
-        status = cgroup.read_once(f"/proc/{tid}/status")
-        tgid = int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
+        with open(f"/proc/{tid}/status", "rb") as file:
+            tgid = next(int(line[5:]) for line in file if line.startswith(b"Tgid:"))
         return tgid, start_time(tgid)
-    except (OSError, ValueError):
+    except (OSError, StopIteration):
         return tid, 0
 
 
@@ -425,8 +423,9 @@ class Processes:
 
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot."""
-    # The command may contain blanks and parentheses; nothing after it does.
-    return int(cgroup.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The command may contain blanks and parentheses; nothing after it does.
+        return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def process_lives(process: tuple[int, int]) -> bool:

@@ -70,16 +70,8 @@ def prepared(args: argparse.Namespace, report: Report) -> Iterator[Bench]:
             stack.callback(runc.close)
         else:
             report.failed.append("runc or busybox is not installed")
-        instance: Instance | None = Instance(base, hierarchy)
-        assert instance is not None
-        try:
-            instance.mount()
-        except RuntimeError as error:
-            report.failed.append(f"nsfs: {error}")
-            instance.umount()
-            instance = None
-        else:
-            stack.callback(_umount, instance, report)
+        instance = _mounted(stack, Instance(base, hierarchy), report)
+        no_spare = Instance(base, hierarchy, "-no-spare", "[make]\nspare = 0\n")
         yield Bench(
             report=report,
             base=base,
@@ -87,11 +79,23 @@ def prepared(args: argparse.Namespace, report: Report) -> Iterator[Bench]:
             sizes=QUICK_SIZES if args.quick else SIZES,
             tree_size=QUICK_TREE_SIZE if args.quick else TREE_SIZE,
             instance=instance,
+            no_spare=_mounted(stack, no_spare, report),
             clone3=clone3,
             runc=runc,
             forktree=compile_program("forktree", base),
             group=BareGroup(hierarchy),
         )
+
+
+def _mounted(stack: contextlib.ExitStack, instance: Instance, report: Report) -> Instance | None:
+    try:
+        instance.mount()
+    except RuntimeError as error:
+        report.failed.append(f"nsfs: {error}")
+        instance.umount()
+        return None
+    stack.callback(_umount, instance, report)
+    return instance
 
 
 def _umount(instance: Instance, report: Report) -> None:

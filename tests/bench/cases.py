@@ -30,6 +30,8 @@ class Bench:
     sizes: tuple[int, ...]
     tree_size: int
     instance: Instance | None
+    no_spare: Instance | None
+    """One that makes no container in advance."""
     clone3: Clone3
     runc: Runc | None
     forktree: str
@@ -88,6 +90,11 @@ def make(bench: Bench) -> None:
     if bench.instance:
         contenders["mkdir(2)"] = lambda: _mkdir_and_rm(bench.nsfs)
         contenders["/bin/mkdir"] = lambda: _bin_mkdir(bench.nsfs)
+    no_spare = bench.no_spare
+    if no_spare:
+        contenders["mkdir(2), no spare"] = lambda: {
+            "make: mkdir(2), no spare": _mkdir_and_rm(no_spare)["make: mkdir(2)"]
+        }
     bench.report.interleave(contenders, bench.runs)
     runc = bench.runc
     if runc:
@@ -99,12 +106,18 @@ def make(bench: Bench) -> None:
         }
         if bench.instance:
             slow["mkdir(2)"] = lambda: _beside_runc(bench.nsfs)
+        if no_spare:
+            slow["mkdir(2), no spare"] = lambda: {
+                "make: mkdir(2), no spare, beside runc": _mkdir_and_rm(no_spare)["make: mkdir(2)"]
+            }
         bench.report.interleave(slow, max(3, bench.runs // 3))
     want = bench.report.want
-    want("mkdir(2), of bwrap", "make: mkdir(2)", 0.5, "make: bwrap")
-    want("mkdir(2), of runc run", "make: mkdir(2), beside runc", 0.1, "make: runc run, to its end")
-    want("mkdir(2), of runc run -d", "make: mkdir(2), beside runc", 0.1, "make: runc run -d")
-    want("mkdir(2), of a bare clone3", "make: mkdir(2)", 4, "make: clone3, child exits")
+    for which in ("mkdir(2)", "mkdir(2), no spare"):
+        beside = f"make: {which}, beside runc"
+        want(f"{which}, of bwrap", f"make: {which}", 0.5, "make: bwrap")
+        want(f"{which}, of runc run", beside, 0.1, "make: runc run, to its end")
+        want(f"{which}, of runc run -d", beside, 0.1, "make: runc run -d")
+        want(f"{which}, of a bare clone3", f"make: {which}", 4, "make: clone3, child exits")
     want("rm -rf, of runc delete -f", "end: rm -rf, beside runc", 0.1, "end: runc delete -f")
 
 
@@ -211,6 +224,12 @@ def many(bench: Bench) -> None:
         2.5,
         f"many: mkdir(2) at {first}",
     )
+    report.want(
+        f"next mkdir(2) at {last}, of that at {first}",
+        f"many: next mkdir(2) at {last}",
+        2.5,
+        f"many: next mkdir(2) at {first}",
+    )
     for size in bench.sizes:
         report.want(f"mv at {size}", f"many: rename(2) at {size}", 0.002)
     for text in ("ls", "ls -l"):
@@ -244,7 +263,9 @@ def _many(bench: Bench, size: int, example: Path | None) -> None:
     start = time.perf_counter()
     for path in containers:
         os.mkdir(path)
-    report.add(f"many: {size} mkdir(2), all of them", time.perf_counter() - start)
+    made_s = time.perf_counter() - start
+    report.add(f"many: {size} mkdir(2) in a row, all of them", made_s)
+    report.add(f"many: {size} mkdir(2) in a row, each", made_s / size)
     _at(bench, size, containers)
     if example:
         _list(bench, size, example)
@@ -262,10 +283,18 @@ def _at(bench: Bench, size: int, containers: list[Path]) -> None:
 
     def one_more() -> Mapping[str, float]:
         path = instance.path()
+        next_path = instance.path()
         made_s = timed(lambda: os.mkdir(path))
+        # There has been no time to make one in advance.
+        next_s = timed(lambda: os.mkdir(next_path))
         removed_s = run(["rm", "-rf", str(path)])
+        run(["rm", "-rf", str(next_path)])
         instance.settle(size)
-        return {f"many: mkdir(2) at {size}": made_s, f"many: rm -rf at {size}": removed_s}
+        return {
+            f"many: mkdir(2) at {size}": made_s,
+            f"many: next mkdir(2) at {size}": next_s,
+            f"many: rm -rf at {size}": removed_s,
+        }
 
     def renamed() -> Mapping[str, float]:
         new = instance.path()

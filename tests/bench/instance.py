@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -18,10 +19,12 @@ NSFS = [sys.executable, "-P", "-m", "nsfs.cli"]
 class Instance:
     """One mounted tree; the mount namespace is private already."""
 
-    def __init__(self, base: Path, hierarchy: str) -> None:
-        self.tree = base / "tree"
-        self.run_dir = base / "run"
-        self.group = f"nsfs-bench-{os.getpid()}"
+    def __init__(self, base: Path, hierarchy: str, name: str = "", config: str = "") -> None:
+        self.tree = base / f"tree{name}"
+        self.run_dir = base / f"run{name}"
+        self.config = base / f"conf{name}"
+        self.config.write_text(config)
+        self.group = f"nsfs-bench-{os.getpid()}{name}"
         self.groups_dir = Path(hierarchy, self.group)
         self._serial = 0
 
@@ -29,6 +32,7 @@ class Instance:
         """Serve the tree; RuntimeError tells why not."""
         self.tree.mkdir()
         words = ["mount", str(self.tree), "--run-dir", str(self.run_dir), "--cgroup", self.group]
+        words += ["--config", str(self.config)]
         try:
             done = subprocess.run(
                 [*NSFS, *words], capture_output=True, text=True, timeout=WAIT_S, check=False
@@ -104,10 +108,19 @@ class Instance:
         return found
 
     def groups(self) -> list[str]:
-        """The groups of containers that there are, removed ones still on their way out as well."""
+        """The groups of containers that there are, removed ones still on their way out as well.
+
+        Those made in advance are not counted.
+        """
         with contextlib.suppress(FileNotFoundError):
-            return [entry.name for entry in os.scandir(self.groups_dir) if entry.is_dir()]
+            found = [entry.name for entry in os.scandir(self.groups_dir) if entry.is_dir()]
+            return [name for name in found if not self._is_spare(name)]
         return []
+
+    def _is_spare(self, number: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return bool(json.loads(read(self.run_dir / f"c/{number}.json"))["phase"] == "spare")
+        return False
 
     def settle(self, count: int) -> None:
         """Wait until there are only so many groups: what was removed is wholly gone."""

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from nsfs.cli import ask
+
 NSFS = [sys.executable, "-P", "-m", "nsfs.cli"]
 DEADLINE_S = 30.0
 _serial = itertools.count(1)
@@ -93,13 +95,37 @@ class Instance:
         wait_until(lambda: self.daemon() != old, "the supervisor starts a new daemon")
 
     def groups(self) -> list[str]:
-        """Names of the groups of containers."""
+        """Names of the groups of containers, but for those made in advance."""
         found = []
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, directory, kind, _ = line.split(" ", 3)
             top = Path(directory, self.group)
             if kind == "cgroup2" and top.is_dir():
                 found += [p.name for p in top.iterdir() if p.is_dir()]
+        spares = self.spares()
+        return [name for name in found if name not in spares]
+
+    def spares(self) -> list[str]:
+        """The numbers of containers that were made in advance, or just are."""
+        return [n for n, record in self.records().items() if record["phase"] == "spare"]
+
+    def ready_spares(self, count: int = 1) -> list[str]:
+        """Wait until so many of them are ready; their numbers."""
+
+        def found() -> list[str]:
+            ready = ask(str(self.run_dir), {"do": "status"})["spare"]
+            spares = self.spares()
+            return spares if len(spares) == ready == count else []
+
+        numbers: list[str] = wait_until(found, f"{count} spare")
+        return numbers
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What the run directory has of each container, by its number."""
+        found = {}
+        for path in (self.run_dir / "c").glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                found[path.stem] = json.loads(path.read_text())
         return found
 
     def settled(self) -> None:
@@ -107,8 +133,9 @@ class Instance:
 
         def left() -> list[str]:
             # 0 is the root's.
-            files = [p.name for p in (self.run_dir / "c").iterdir() if not p.name.startswith("0.")]
-            return self.groups() + files
+            kept = {"0", *self.spares()}
+            files = [p.name for p in (self.run_dir / "c").iterdir()]
+            return self.groups() + [name for name in files if name.split(".")[0] not in kept]
 
         wait_until(lambda: not left(), f"nothing is left behind: {left()}")
 

@@ -442,6 +442,7 @@ def test_failed_makes_leave_nothing(tree: Path, instance: Instance) -> None:
     web = Container(tree / "web")
     os.mkdir(web / "first")
     os.rmdir(web / "first")
+    instance.ready_spares()
     wait_until(lambda: len(instance.groups()) == 1, "only one is left")
     web.write("defaults/unshare", "mnt pid user uts")
     before = trace()

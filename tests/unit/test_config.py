@@ -91,6 +91,8 @@ limits =
     memory.max 512M
     cpu.max   50000   100000
     pids.max max
+[make]
+spare = 2
 [log]
 bytes = 1m
 rate = max
@@ -121,6 +123,7 @@ containers_per_user = max
                 ("pids.max", "max"),
             ),
         },
+        "make": {"spare": 2},
         "log": {
             "bytes": 2**20,
             "rate": None,
