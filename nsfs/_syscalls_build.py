@@ -23,6 +23,12 @@ ffi.cdef(
     int nsfs_inotify_remove(int fd, int watch);
     int nsfs_openat2(int dirfd, const char *path, unsigned long long flags,
                      unsigned long long resolve);
+    int nsfs_setns(int fd, int type);
+    int nsfs_fsopen(const char *type);
+    int nsfs_fsconfig(int fd, unsigned int command, const char *key, const char *value);
+    int nsfs_fsmount(int fd, unsigned int attributes);
+    static const unsigned int FSCONFIG_CMD_CREATE, FSCONFIG_SET_STRING;
+    static const unsigned int MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC;
     static const unsigned long long RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS;
     """
 )
@@ -61,6 +67,18 @@ ffi.set_source(
 
     static int nsfs_inotify_remove(int fd, int watch)
     { return nsfs_result(inotify_rm_watch(fd, watch)); }
+
+    static int nsfs_setns(int fd, int type)
+    { return nsfs_result(setns(fd, type)); }
+
+    static int nsfs_fsopen(const char *type)
+    { return nsfs_result(syscall(SYS_fsopen, type, FSOPEN_CLOEXEC)); }
+
+    static int nsfs_fsconfig(int fd, unsigned int command, const char *key, const char *value)
+    { return nsfs_result(syscall(SYS_fsconfig, fd, command, key, value, 0)); }
+
+    static int nsfs_fsmount(int fd, unsigned int attributes)
+    { return nsfs_result(syscall(SYS_fsmount, fd, FSMOUNT_CLOEXEC, attributes)); }
 
     static int nsfs_openat2(int dirfd, const char *path, unsigned long long flags,
                             unsigned long long resolve)

@@ -187,9 +187,69 @@ class Directory(Entry):
     member: Entry | None = None
     link: Callable[..., Awaitable[Any]] | None = None
     """link(2) into it: (face, new name, source face, source entry, source key, caller)."""
+    make: Callable[[Any, str, Caller], Awaitable[None]] | None = None
+    """mkdir(2) in it: (face, name, caller)."""
+    remove: Callable[[Any, str, Caller], Awaitable[None]] | None = None
+    """rmdir(2) of a directory in it: (face, name, caller)."""
+    rename: Callable[[Any, str, Any, Directory, str, Caller], Awaitable[None]] | None = None
+    """rename(2) out of it: (face, name, new face, new directory, new name, caller)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", stat.S_IFDIR | (self.mode & 0o7777 or 0o755))
+
+
+class Contents:
+    """What a tagged directory shows of one namespace, beside the entries that are always there.
+
+    A path is the names below the tagged directory; () is that directory itself.  Every call may
+    find the namespace dead: what is not there any more is FileNotFoundError, and a file's show and
+    store, which are called later, say ENODEV.
+    """
+
+    def entry(self, path: tuple[str, ...]) -> Entry:
+        """What is at a path: a file, a link or a directory (whose `entries` do not count);
+        FileNotFoundError when nothing is.  Must not block."""
+        raise FileNotFoundError(errno.ENOENT, "no such file or directory", "/".join(path))
+
+    def names(self, path: tuple[str, ...]) -> Iterable[str]:
+        """The names in the directory at a path, in any order.  Must not block."""
+        return ()
+
+    def close(self) -> None:
+        """Nobody has looked for a while, or the namespace is dead: let go of everything."""
+
+
+def _holder(kind: str) -> Callable[[Any], Any]:
+    return lambda face: face.container.holder(kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TagType(Directory):
+    """A tagged directory, a *view*: it shows one namespace, and so does all that is below it.
+
+    A directory has at most one type.  The name is the namespace's type, unless `kind` says another;
+    `entries` are always there, `contents` opens the rest when it is first looked at.  What stands
+    in a view is looked up anew each time, so when the namespace dies its entries are gone at once,
+    and files that are open answer ENODEV.
+    """
+
+    kind: str = ""
+    """The namespace type, or a word of its own for what is no namespace."""
+    tag: Callable[[Any], Any] | None = None
+    """Which container's the shown one is: (face).  Unless given, that of the container, or of the
+    nearest one above with which it shares its namespace of that type."""
+    contents: Callable[[Any], Awaitable[Contents]] | None = None
+    """(container whose namespace it is): open what is shown of it.  It is closed when idle."""
+    died: Callable[[Any], None] | None = None
+    """(container): told when its namespace has died, after the contents were closed."""
+
+    def __post_init__(self) -> None:
+        # super() does not know the class that slots=True makes.
+        Directory.__post_init__(self)
+        if not self.kind:
+            object.__setattr__(self, "kind", self.name)
+        if self.tag is None:
+            object.__setattr__(self, "tag", _holder(self.kind))
 
 
 # --- values ------------------------------------------------------------------------------------

@@ -49,6 +49,15 @@ V1_NO_LIMIT = 0x7FFFFFFFFFFFF000
 """What v1's memory.limit_in_bytes reads when there is no limit (PAGE_COUNTER_MAX in bytes)."""
 
 
+def read_once(path: str) -> bytes:
+    """At most 4096 bytes of a file of the kernel's, by one read(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
 def _read(path: str) -> str:
     # One system call fewer than open(): these are read in loops over containers.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

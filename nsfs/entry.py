@@ -30,10 +30,11 @@ from typing import ClassVar
 
 import trio
 
-from nsfs import idmap, leaf, members, namespaces
+from nsfs import cgroup, idmap, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.container import Container, Face, Phase
 from nsfs.spawner import CLONE_NEW, LIBEXEC, STEPS, Init
+from nsfs.tree import SELF
 from nsfs.world import World, process_of
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,11 @@ _OFFER = struct.Struct("=iIII")
 _TRACE_REQUEST = struct.Struct("=IiiiII")
 _TRACE_REPLY = struct.Struct("=iIII")
 _TRACE_SESSION, _TRACE_MOVE = 1, 2
+_TRACE_INTERRUPTED = b"\1"
 _UCRED = struct.Struct("=iII")
 _TRACER_SOCKET_FD = 3
+OFFER_WAIT_S = 1.0
+"""How long an init with more connections than it takes may keep an ln(1) from being killed."""
 _MFD_EXEC = 0x10  # Linux 6.3
 _SYS_PIDFD_GETFD = 438  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -228,24 +232,39 @@ class Tracer:
         os.close(self.program_fd)
 
     @classmethod
-    async def ask(cls, world: World, request: bytes, fds: Sequence[int]) -> int:
-        """Have a request carried out; returns for how many microseconds the target was stopped."""
+    def send(cls, world: World, request: bytes, fds: Sequence[int]) -> socket.socket:
+        """Have a request carried out; what is returned is where the reply comes."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with trio.socket.from_stdlib_socket(ours) as sock:
-            with theirs:
-                try:
-                    socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
-                except BrokenPipeError:
-                    # It was killed; another can do it as well.
-                    cls._known.pop(world).close()
-                    socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
-            data = await sock.recv(_TRACE_REPLY.size)
+        with theirs:
+            try:
+                socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
+            except BrokenPipeError:
+                # It was killed; another can do it as well.
+                cls._known.pop(world).close()
+                socket.send_fds(cls.of(world).socket, [request], [*fds, theirs.fileno()])
+        return ours
+
+    @staticmethod
+    async def reply(sock: socket.socket) -> int:
+        """For how many microseconds the target was stopped, 0 for one that is about to be.
+
+        An OSError when it was not done.
+        """
+        with trio.socket.from_stdlib_socket(sock) as waiting:
+            data = await waiting.recv(_TRACE_REPLY.size)
+        if data == _TRACE_INTERRUPTED:
+            return 0
         if len(data) != _TRACE_REPLY.size:
             raise OSError(errno.EIO, "the tracer has died")
         error, step, stopped_us, _ = _TRACE_REPLY.unpack(data)
         if error:
             raise OSError(-error, f"{STEPS[step]}: {os.strerror(-error)}")
         return int(stopped_us)
+
+    @classmethod
+    async def ask(cls, world: World, request: bytes, fds: Sequence[int]) -> int:
+        """Have a request carried out; returns for how many microseconds the target was stopped."""
+        return await cls.reply(cls.send(world, request, fds))
 
 
 def sealed_program() -> int:
@@ -276,15 +295,13 @@ def is_ln(tid: int) -> bool:
     """
     try:
         exe = os.path.basename(os.readlink(f"/proc/{tid}/exe")).removesuffix(" (deleted)")
-        with open(f"/proc/{tid}/cmdline", "rb") as file:
-            words = [os.fsdecode(word) for word in file.read(4096).split(b"\0")]
-        with open(f"/proc/{tid}/comm", "rb") as file:
-            comm = file.read()
+        if exe in LN:
+            return True
+        if not MULTI_CALL.fullmatch(exe):
+            return False
+        words = [os.fsdecode(x) for x in cgroup.read_once(f"/proc/{tid}/cmdline").split(b"\0")]
+        comm = cgroup.read_once(f"/proc/{tid}/comm")
     except OSError:
-        return False
-    if exe in LN:
-        return True
-    if not MULTI_CALL.fullmatch(exe):
         return False
     called = os.path.basename(words[0])
     return (
@@ -311,13 +328,16 @@ def home_of(container: Container, pid: int) -> Container:
 
 
 async def link(face: Face, name: str, source: Face, key: int, caller: Caller) -> None:
-    """link(2) into `procs/`: `key` is the PID that `source` knows the process by."""
+    """link(2) into `procs/`: `key` is the PID that `source` knows the process by, or SELF."""
     container = face.container
-    pid = members.host_pid(source, key)
-    own = pid == process_of(caller.tid)[0]
+    own_pid = process_of(caller.tid)[0]
+    pid = own_pid if key == SELF else members.host_pid(source, key)
+    own = pid == own_pid
     base, colon, part = name.partition(":")
-    if base != str(key) and not (own and base == "self"):
-        raise OSError(errno.EINVAL, "the name is PID or PID:TYPES", name)
+    if not (own and base == "self"):
+        seen = key or members.seen_pid(pid, members.level(source.viewpoint))
+        if base != str(seen):
+            raise OSError(errno.EINVAL, "the name is PID or PID:TYPES", name)
     types = parse_types(part) if colon else frozenset()
     check_open(container)
     if members.container_of(container, pid) is not None:
@@ -334,18 +354,30 @@ async def link(face: Face, name: str, source: Face, key: int, caller: Caller) ->
 async def become_session(container: Container, types: frozenset[str], caller: Caller) -> None:
     """Make the caller, which is an ln(1), the session program.
 
-    It stops only when its link(2) is answered: the kernel asks to interrupt that when the tracer
-    interrupts it, so this is cancelled.
+    It stops only when its link(2) is answered, which it never sees, so that is done as soon as the
+    tracer has interrupted it; the kernel, too, asks for it then.  Meanwhile the session is
+    prepared, and once it is a session that can fail only as one fails.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        await send_offer(container, types, ours)
-        if types:
-            container.world.start(admit, container, types, ours.dup())
-        name = os.fsencode(container.name)[:200]
-        request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
-        fds = (Tracer.of(container.world).program_fd, os.dup(theirs.fileno()))
-    await _traced(container.world, request, fds)
+    name = os.fsencode(container.name)[:200]
+    request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
+    with ours:
+        with theirs:
+            fds = (Tracer.of(container.world).program_fd, theirs.fileno())
+            reply = Tracer.send(container.world, request, fds)
+        try:
+            with trio.move_on_after(OFFER_WAIT_S, shield=True) as waiting:
+                await send_offer(container, types, ours)
+            if waiting.cancelled_caught:
+                raise OSError(errno.EAGAIN, "the init answers nobody", container.name)
+            if types:
+                container.world.start(admit, container, types, ours.dup())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                ours.send(_OFFER.pack(-(error.errno or errno.EIO), 0, 0, 0), socket.MSG_NOSIGNAL)
+    await Tracer.reply(reply)
+    # Not EINTR, after which the kernel would ask for the attributes of `self` anew.
+    raise OSError(errno.ECANCELED, "it is a session", container.name)
 
 
 async def in_caller(container: Container, types: frozenset[str], pid: int, caller: Caller) -> None:
@@ -362,25 +394,6 @@ async def in_caller(container: Container, types: frozenset[str], pid: int, calle
             done.set()
 
     container.world.start(work)
-    await done.wait()
-    if failed:
-        raise failed[0]
-
-
-async def _traced(world: World, request: bytes, fds: tuple[int, int]) -> None:
-    done = trio.Event()
-    failed: list[OSError] = []
-
-    async def work() -> None:
-        try:
-            await Tracer.ask(world, request, fds)
-        except OSError as error:
-            failed.append(error)
-        finally:
-            os.close(fds[1])
-            done.set()
-
-    world.start(work)
     await done.wait()
     if failed:
         raise failed[0]

@@ -9,6 +9,7 @@ which cancels the handler of that request, whatever it waits for, and answers EI
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -35,21 +36,29 @@ from nsfs.attribute import (
     Entry,
     Link,
     OpenFile,
+    TagType,
     Watchers,
 )
 from nsfs.authority import check_seen_once
 from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program
-from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, Names, Node, Tables
-from nsfs.world import Processes, World, process_lives
+from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
+from nsfs.view import check_write, lives, tag
+from nsfs.world import Processes, World, process_lives, process_of
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 1.0
 """How long the kernel may believe an entry and its attributes; what changes before is
 invalidated."""
+FOREVER_S = 3600.0
+"""The same for what never changes."""
+DIRECTORY_COOKIE = 1 << 32
+"""Where the directory offsets of the tables' directories begin: after those of all files."""
 CHILD_COOKIE = 1 << 40
 """Where the directory offsets of children begin, past those of the static entries."""
+SEARCHED_MAX = 100_000
+"""How many names of a view are looked through for one that an earlier daemon gave a number."""
 NOBODY = 65534
 LAST_COOKIE = 1 << 62
 """The directory offset of the entry that is listed last."""
@@ -103,9 +112,13 @@ def waiting(method: Method[P, T]) -> Method[P, T]:
 class Value(OpenFile):
     """An open control file: a snapshot for whoever reads, a value from whoever writes."""
 
-    def __init__(self, node: Node, token: int, flags: int, caller: Caller) -> None:
+    def __init__(
+        self, node: Node, token: int, flags: int, caller: Caller, tree: Operations
+    ) -> None:
         super().__init__(node.face, token, flags, False)
         self.node = node
+        self.tree = tree
+        self.view = tree.tables.view(node)
         self.entry: Attribute = node.entry  # type: ignore[assignment]
         self.caller = caller
         self.snapshot = b""
@@ -120,11 +133,26 @@ class Value(OpenFile):
             raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
         if self.watchers is not None:
             self.version = self.watchers.version
-        keyed = (self.node.key,) if self.node.ino & NUMBER_MASK >= KEYED else ()
+        keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
+        await self._look_again()
+        assert self.entry.show is not None
         text: Any = self.entry.show(self.face, *keyed)
         if not isinstance(text, str | bytes):
             text = await text
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+
+    async def _look_again(self) -> None:
+        """See whether what a view showed here is still there: ENODEV when it is not."""
+        if self.view is not None and not lives(tag(self.face, self.view)):
+            raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
+        if self.node.path:
+            # The view may have been closed since, having been idle, and be open again.
+            try:
+                found = (await self.tree.node(self.node.ino)).entry
+            except FileNotFoundError as error:
+                raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
+            if isinstance(found, Attribute):
+                self.entry = found
 
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """A part of the snapshot that the read at offset 0 took."""
@@ -143,6 +171,9 @@ class Value(OpenFile):
             raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
         container: Container = self.face.container
         with container.telling_why(self.entry.name):
+            if self.view is not None:
+                await self._look_again()
+                check_write(self.face, self.view, self.caller)
             result = self.entry.store(self.face, os.fsdecode(value), self.caller)
             if result is not None:
                 await result
@@ -164,8 +195,7 @@ class Value(OpenFile):
         """Nobody polls it any more."""
         if self.watchers is not None:
             self.watchers.drop(self)
-        if self.entry.store is not None:
-            self.face.world.opens.drop(self.token)
+        self.face.world.opens.drop(self.token)
 
 
 class Listing:
@@ -199,6 +229,7 @@ class Operations(pyfuse3.Operations):
         root = Directory("", entries=(*entries, self.faces))
         names = Names(world.store.names(), world.store.add_name)
         self.tables = Tables(root, names)
+        self.paths = Paths(world.store.secret())
         world.changed = self.changed
         self.processes = Processes()
         self.running: dict[int, trio.CancelScope] = {}
@@ -237,21 +268,67 @@ class Operations(pyfuse3.Operations):
 
     # --- nodes ---
 
-    def node(self, inode: int) -> Node:
+    async def node(self, inode: int) -> Node:
         """The node of an inode number."""
         face = self.world.face_numbered(inode >> 33)
-        return self.tables.node(face, inode & NUMBER_MASK)
+        number = inode & NUMBER_MASK
+        if number < SHOWN:
+            return self.tables.node(face, number)
+        path = self.paths.path(face.number, number) or await self._search(face, number)
+        return await self._shown(face, path)
+
+    async def _shown(self, face: Face, path: tuple[str, ...]) -> Node:
+        """What a view shows at a path; FileNotFoundError when that is nothing."""
+        top = self.tables.child(self.tables.of(face, self.tables.root), path[0])
+        if top is None or not isinstance(top.entry, TagType):
+            raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
+        contents = await self.world.views.of(face, top.entry)
+        entry = contents.entry(path[1:])
+        number = self.paths.number(face.number, path)
+        return Node(face, entry, 0, ino(face.number, number), path)
+
+    async def _search(self, face: Face, number: int) -> tuple[str, ...]:
+        """The path that an earlier daemon gave a number, or that was forgotten."""
+        left = SEARCHED_MAX
+        for view in self.tables.views():
+            if not face.has(view) or view.contents is None:
+                continue
+            try:
+                contents = await self.world.views.of(face, view)
+            except OSError:
+                continue
+            directories: list[tuple[str, ...]] = [()]
+            for directory in directories:
+                with contextlib.suppress(OSError):
+                    for name in contents.names(directory):
+                        path = (view.name, *directory, name)
+                        if number in self.paths.numbers(path):
+                            return path
+                        if isinstance(contents.entry(path[1:]), Directory):
+                            directories.append(path[1:])
+                        left -= 1
+                        if not left:
+                            break
+                await trio.lowlevel.checkpoint()
+        raise FileNotFoundError(errno.ENOENT, "nothing has that number any more", str(number))
 
     def directory(self, container: Container, viewpoint: Container) -> Node:
         """A container's directory as a viewpoint sees it."""
         return self.tables.of(self.world.face(viewpoint, container), self.tables.root)
 
-    def find(self, parent: Node, name: str, caller: Caller) -> Node:
+    async def find(self, parent: Node, name: str, caller: Caller) -> Node:
         """A name in a directory; FileNotFoundError when it has none of that name."""
         entry = parent.entry
         if not isinstance(entry, Directory):
             raise NotADirectoryError(errno.ENOTDIR, "no directory", name)
+        if parent.path:
+            return await self._shown(parent.face, (*parent.path, name))
         found = self.tables.child(parent, name)
+        if isinstance(entry, TagType):
+            if found is None:
+                return await self._shown(parent.face, (entry.name, name))
+            if not lives(tag(parent.face, entry)):
+                raise FileNotFoundError(errno.ENOENT, "the namespace is dead", name)
         if found is not None:
             return found
         if entry is self.tables.root:
@@ -307,7 +384,16 @@ class Operations(pyfuse3.Operations):
         if entry is self.tables.root:
             mode = face.directory_mode()
             uid, gid = face.owner(None)
-        elif number >= KEYED:
+        elif number == KEYED + SELF:
+            # One file for all who look, so that the kernel may keep it; and where nobody is not a
+            # member, its name as well.
+            mode = entry.mode | 0o666
+            uid, gid = face.viewpoint.root_uid, face.viewpoint.root_gid
+            if face.number == 0:
+                attr.entry_timeout = attr.attr_timeout = FOREVER_S
+            elif not face.inner:
+                attr.entry_timeout = 0
+        elif KEYED <= number < SHOWN:
             mode = entry.mode
             uid, gid = self._process_owner(node)
             attr.entry_timeout = attr.attr_timeout = 0
@@ -319,6 +405,11 @@ class Operations(pyfuse3.Operations):
                 attr.attr_timeout = 0
             if entry is self.faces:
                 uid = gid = 0
+            view = self.tables.view(node)
+            deep = len(node.path) > 2 and not isinstance(entry, Link)
+            if view is not None and entry is not view and not deep:
+                # Looked up each time, so that it is gone as soon as its namespace is, or it itself.
+                attr.entry_timeout = 0
         attr.st_mode = pyfuse3.ModeT(mode)
         attr.st_nlink = 1
         attr.st_uid, attr.st_gid = uid, gid
@@ -336,28 +427,28 @@ class Operations(pyfuse3.Operations):
             owner: tuple[int, int] = node.face.owner(None)
             return owner
 
-    @boundary
+    @waiting
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> EntryAttributes:
         """FUSE_LOOKUP."""
-        parent = self.node(parent_inode)
-        found = self.find(parent, os.fsdecode(name), _caller(ctx))
+        parent = await self.node(parent_inode)
+        found = await self.find(parent, os.fsdecode(name), _caller(ctx))
         return self.attributes(found)
 
     async def forget(self, inode_list: Any) -> None:
         """FUSE_FORGET: nodes are not kept, so there is nothing to forget."""
 
-    @boundary
+    @waiting
     async def getattr(self, inode: int, ctx: Any) -> EntryAttributes:
         """FUSE_GETATTR."""
-        return self.attributes(self.node(inode))
+        return self.attributes(await self.node(inode))
 
-    @boundary
+    @waiting
     async def setattr(
         self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
     ) -> EntryAttributes:
         """FUSE_SETATTR: chmod and chown change authority, truncation is the file's own; times are
         accepted and nothing comes of them."""
-        node = self.node(inode)
+        node = await self.node(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             self._change_owner(node, attr, fields)
         if fields.update_size and isinstance(node.entry, Attribute):
@@ -391,6 +482,8 @@ class Operations(pyfuse3.Operations):
                 if face.has(entry):
                     self._invalidate_inode(self.tables.of(face, entry).ino)
             self._invalidate_inode(self.tables.of(face, self.tables.root).ino)
+            for number in self.paths.known(face.number):
+                self._invalidate_inode(ino(face.number, number))
 
     def _invalidate_inode(self, inode: int) -> None:
         try:
@@ -403,7 +496,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """FUSE_READLINK."""
-        node = self.node(inode)
+        node = await self.node(inode)
         if not isinstance(node.entry, Link):
             raise OSError(errno.EINVAL, "no link", node.entry.name)
         target = node.entry.target(node.face)
@@ -411,19 +504,25 @@ class Operations(pyfuse3.Operations):
 
     # --- directories ---
 
-    def rows(self, node: Node) -> Iterator[tuple[int, str, Node]]:
+    async def rows(self, node: Node) -> list[tuple[int, str, Node]]:
         """What a directory lists: (offset, name, node), in the order of offsets.
 
         Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
-        meanwhile, and whoever the daemon is.  What comes and goes by itself is listed last.
+        meanwhile, and whoever the daemon is.
         """
+        if node.path or isinstance(node.entry, TagType):
+            return await self._view_rows(node)
+        return sorted(self._rows(node), key=lambda row: row[0])
+
+    def _rows(self, node: Node) -> Iterator[tuple[int, str, Node]]:
+        # Files come first, so that who removes a container comes to its views, and to what comes
+        # and goes by itself, last.
         entry = node.entry
-        last: list[tuple[int, str, Node]] = []
         for index, child in enumerate(self.tables.children(node), 1):
-            if isinstance(child.entry, Directory) and child.entry.member is not None:
-                last.append((LAST_COOKIE + index, child.entry.name, child))
-            else:
-                yield index, child.entry.name, child
+            first = 0
+            if isinstance(child.entry, Directory):
+                first = DIRECTORY_COOKIE if child.entry.member is None else LAST_COOKIE
+            yield first + index, child.entry.name, child
         if entry is self.tables.root:
             viewpoint = node.face.viewpoint
             for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
@@ -432,7 +531,45 @@ class Operations(pyfuse3.Operations):
         elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
             for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
                 yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
-        yield from last
+
+    async def _view_rows(self, node: Node) -> list[tuple[int, str, Node]]:
+        face = node.face
+        if self._files_removed(face):
+            return []
+        view = self.tables.view(node)
+        assert view is not None
+        try:
+            contents = await self.world.views.of(face, view)
+        except FileNotFoundError:
+            # The namespace is dead: so is all that it showed.
+            return []
+        rows = []
+        if not node.path:
+            children = enumerate(self.tables.children(node), 1)
+            rows = [(index, child.entry.name, child) for index, child in children]
+        path = node.path or (view.name,)
+        for name in contents.names(path[1:]):
+            # It may have gone meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                entry = contents.entry((*path[1:], name))
+                number = self.paths.number(face.number, (*path, name))
+                child = Node(face, entry, 0, ino(face.number, number), (*path, name))
+                rows.append((CHILD_COOKIE + number, name, child))
+        return sorted(rows, key=lambda row: row[0])
+
+    def _files_removed(self, face: Face) -> bool:
+        """Whether living processes have removed every file of a container's directory.
+
+        Files are listed first: so the container itself is being removed, and nothing is served by
+        removing all that its views show one by one; they are shown as empty.
+        """
+        top = self.tables.of(face, self.tables.root)
+        marked = self.world.marks.union(top.ino)
+        return bool(marked) and all(
+            child.entry.name in marked
+            for child in self.tables.children(top)
+            if not isinstance(child.entry, Directory)
+        )
 
     def _all_but_removed(self, node: Node) -> bool:
         """Whether everything beside this directory has been removed by living processes.
@@ -447,25 +584,26 @@ class Operations(pyfuse3.Operations):
             for each in self.tables.children(above)
         )
 
-    @boundary
+    @waiting
     async def opendir(self, inode: int, ctx: Any) -> int:
         """FUSE_OPENDIR."""
-        node = self.node(inode)
+        node = await self.node(inode)
         keyed = isinstance(node.entry, Directory) and node.entry.member is not None
         token = self._new_token()
         self.listings[token] = Listing(node, self.processes.of(ctx.pid) if keyed else None)
         return token
 
-    @boundary
+    @waiting
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """FUSE_READDIRPLUS."""
+        inode = self.device.current()[1]
         listing = self.listings.get(fh)
         if listing is None:
             # Opened with an earlier daemon.
-            listing = self.listings[fh] = Listing(self.node(self.device.current()[1]), None)
+            listing = self.listings[fh] = Listing(await self.node(inode), None)
         if not start_id or not listing.rows:
             gone = listing.process is not None and self._all_but_removed(listing.node)
-            listing.rows = [] if gone else list(self.rows(listing.node))
+            listing.rows = [] if gone else await self.rows(listing.node)
             listing.cookies = [row[0] for row in listing.rows]
             if listing.process is not None:
                 for process in [p for p in self.listed if not process_lives(p)]:
@@ -486,12 +624,16 @@ class Operations(pyfuse3.Operations):
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
         """FUSE_MKDIR: make a container."""
         unique = self.request()
-        parent = self.node(parent_inode)
+        parent = await self.node(parent_inode)
+        text = os.fsdecode(name)
+        if isinstance(parent.entry, Directory) and parent.entry.make is not None:
+            with self._changing(parent, text, _caller(ctx)):
+                await parent.entry.make(parent.face, text, _caller(ctx))
+            return self.attributes(await self.find(parent, text, _caller(ctx)))
         if parent.entry is not self.tables.root:
             raise PermissionError(
                 errno.EPERM, "containers are made in containers", parent.entry.name
             )
-        text = os.fsdecode(name)
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
         self._check_not_being_removed(parent.face.container, text)
@@ -507,10 +649,10 @@ class Operations(pyfuse3.Operations):
         """FUSE_RMDIR: remove an idle container, or one whose entries have all been removed, with
         all in it."""
         replayed = self.replayed()
-        parent = self.node(parent_inode)
+        parent = await self.node(parent_inode)
         text = os.fsdecode(name)
         try:
-            node = self.find(parent, text, _caller(ctx))
+            node = await self.find(parent, text, _caller(ctx))
         except FileNotFoundError:
             if replayed:
                 # The daemon before this one did it, and did not get to say so.
@@ -519,7 +661,12 @@ class Operations(pyfuse3.Operations):
         if node.entry is not self.tables.root:
             if not isinstance(node.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
-            if node.entry.member is None and not self._fully_marked(node):
+            emptied = self._fully_marked(node)
+            if not emptied and isinstance(parent.entry, Directory) and parent.entry.remove:
+                with self._changing(parent, text, _caller(ctx)):
+                    await parent.entry.remove(parent.face, text, _caller(ctx))
+                return
+            if node.entry.member is None and not emptied:
                 raise OSError(errno.ENOTEMPTY, "only rm -rf of the container removes it", text)
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             return
@@ -543,9 +690,22 @@ class Operations(pyfuse3.Operations):
                 self.world.start(_forget_entry, directory, os.fsencode(name), inode)
 
     def _fully_marked(self, node: Node) -> bool:
-        """Whether living processes have removed all static entries of a directory."""
+        """Whether living processes have removed all static entries of a directory; in a view, that
+        they have begun to."""
         marked = self.world.marks.union(node.ino)
+        if node.path or isinstance(node.entry, TagType):
+            return bool(marked) or self._files_removed(node.face)
         return bool(marked) and all(c.entry.name in marked for c in self.tables.children(node))
+
+    @contextlib.contextmanager
+    def _changing(self, directory: Node, name: str, caller: Caller) -> Iterator[None]:
+        """Something in a view is made, removed or renamed: whether that is the caller's to do, and
+        what `state` says when it fails."""
+        view = self.tables.view(directory)
+        with directory.face.container.telling_why(name):
+            if view is not None:
+                check_write(directory.face, view, caller)
+            yield
 
     def _check_not_being_removed(self, container: Container, name: str) -> None:
         """ENOENT when a removal of it, or of what it is in, has come to the nested containers.
@@ -566,32 +726,44 @@ class Operations(pyfuse3.Operations):
                 ):
                     raise FileNotFoundError(errno.ENOENT, "it is being removed", name)
 
-    @boundary
+    @waiting
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """FUSE_UNLINK: accepted, but only noted; see `tree.Marks`."""
-        parent = self.node(parent_inode)
+        parent = await self.node(parent_inode)
         text = os.fsdecode(name)
-        node = self.find(parent, text, _caller(ctx))
+        node = await self.find(parent, text, _caller(ctx))
         if isinstance(node.entry, Directory):
             raise IsADirectoryError(errno.EISDIR, "a directory", text)
         if parent.entry is self.faces:
             raise PermissionError(errno.EPERM, "not to be removed", text)
         self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
 
-    @boundary
+    @waiting
     async def rename(
         self, old_parent: int, old: bytes, new_parent: int, new: bytes, flags: int, ctx: Any
     ) -> None:
         """FUSE_RENAME: give a container another name."""
         if flags & ~int(pyfuse3.RENAME_NOREPLACE):
             raise OSError(errno.EINVAL, "containers cannot change places", os.fsdecode(old))
-        source, target = self.node(old_parent), self.node(new_parent)
+        replayed = self.replayed()
+        source, target = await self.node(old_parent), await self.node(new_parent)
         old_name, new_name = os.fsdecode(old), os.fsdecode(new)
         known = source.face.container.children
-        if self.replayed() and old_name not in known and new_name in known:
+        if replayed and old_name not in known and new_name in known:
             # The daemon before this one did it, and did not get to say so.
             return
-        node = self.find(source, old_name, _caller(ctx))
+        node = await self.find(source, old_name, _caller(ctx))
+        if isinstance(source.entry, Directory) and source.entry.rename is not None:
+            if not isinstance(target.entry, Directory):
+                raise NotADirectoryError(errno.ENOTDIR, "no directory", new_name)
+            with (
+                self._changing(source, old_name, _caller(ctx)),
+                self._changing(target, new_name, _caller(ctx)),
+            ):
+                await source.entry.rename(
+                    source.face, old_name, target.face, target.entry, new_name, _caller(ctx)
+                )
+            return
         if node.entry is not self.tables.root or target.entry is not self.tables.root:
             raise PermissionError(errno.EPERM, "only containers are renamed", old_name)
         if source.face.container is not target.face.container:
@@ -606,9 +778,9 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def link(self, inode: int, new_parent: int, new: bytes, ctx: Any) -> EntryAttributes:
         """FUSE_LINK: enter a container."""
-        source, target = self.node(inode), self.node(new_parent)
+        source, target = await self.node(inode), await self.node(new_parent)
         entry = target.entry
-        keyed = source.ino & NUMBER_MASK >= KEYED
+        keyed = KEYED <= source.ino & NUMBER_MASK < SHOWN
         name = os.fsdecode(new)
         if not isinstance(entry, Directory) or entry.link is None or not keyed:
             raise PermissionError(errno.EPERM, "only processes are linked", name)
@@ -641,17 +813,28 @@ class Operations(pyfuse3.Operations):
         if node.face.inner and PARENTS in node.entry.flags:
             raise PermissionError(errno.EACCES, "it is the parent's to change", node.entry.name)
 
-    @boundary
+    @waiting
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
         """FUSE_OPEN."""
-        node = self.node(inode)
+        node = await self.node(inode)
         token = self._new_token()
         self.open_files[token] = self._open(node, token, flags, _caller(ctx))
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
             node.entry.truncate(node.face, _caller(ctx))
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
+    def _own(self, node: Node, caller: Caller) -> Node:
+        """What `procs/self` is to that caller."""
+        pid = process_of(caller.tid)[0]
+        if members.container_of(node.face.container, pid) is None:
+            raise members.no_process("self")
+        key = members.seen_pid(pid, members.level(node.face.viewpoint))
+        return self.tables.of(node.face, node.entry, key)
+
     def _open(self, node: Node, token: int, flags: int, caller: Caller) -> OpenFile:
+        own = node.ino & NUMBER_MASK == KEYED + SELF
+        if own:
+            node = self._own(node, caller)
         entry = node.entry
         if not isinstance(entry, Attribute):
             raise OSError(errno.EINVAL, "no file", entry.name)
@@ -666,7 +849,13 @@ class Operations(pyfuse3.Operations):
             access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200
         ):
             raise OSError(errno.EINVAL, "not for that", entry.name)
-        return Value(node, token, flags, caller)
+        view = self.tables.view(node)
+        if view is not None and not lives(tag(node.face, view)):
+            raise FileNotFoundError(errno.ENOENT, "the namespace is dead", entry.name)
+        if own:
+            # The next daemon has to know whose.
+            self.world.opens.put(token, caller.uid, caller.gid, caller.tid)
+        return Value(node, token, flags, caller, self)
 
     def _reopen(self, node: Node, token: int) -> OpenFile:
         """Make an open file of an earlier daemon again."""
@@ -677,21 +866,24 @@ class Operations(pyfuse3.Operations):
         known = self.world.opens.get(token)
         # That of a file opened only to be read was not kept: it is nobody's to write.
         caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
-        value = Value(node, token, 0, caller)
+        if known and node.ino & NUMBER_MASK == KEYED + SELF:
+            node = self._own(node, caller)
+        value = Value(node, token, 0, caller, self)
         # What changed while there was no daemon is told, even if that was nothing.
         value.version = -1
         return value
 
-    def _opened(self, fh: int) -> OpenFile:
+    async def _opened(self, fh: int) -> OpenFile:
         """An open file; one that an earlier daemon opened is made again from the inode of the
         request."""
+        inode = self.device.current()[1]
         found = self.open_files.get(fh)
         if found is None:
             try:
-                node = self.node(self.device.current()[1])
+                node = await self.node(inode)
             except FileNotFoundError:
                 raise OSError(errno.ENODEV, "the container is gone", str(fh)) from None
-            found = self._reopen(node, fh)
+            found = self.open_files.get(fh) or self._reopen(node, fh)
             self.open_files[fh] = found
         return found
 
@@ -699,7 +891,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """FUSE_READ."""
         unique, _, opcode, _ = self.device.current()
-        opened = self._opened(fh)
+        opened = await self._opened(fh)
         if opcode == takeover.LSEEK:
             return takeover.sought(opened.seek(*takeover.seek(off)))
         return await opened.read(off, size, unique)
@@ -708,7 +900,7 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """FUSE_WRITE."""
         unique = self.request()
-        return await self._opened(fh).write(off, buf, unique)
+        return await (await self._opened(fh)).write(off, buf, unique)
 
     @boundary
     async def release(self, fh: int) -> None:
@@ -719,10 +911,10 @@ class Operations(pyfuse3.Operations):
         else:
             found.release()
 
-    @boundary
+    @waiting
     async def poll(self, inode: int, fh: int, handle: Any, ctx: Any) -> int:
         """FUSE_POLL."""
-        return self._opened(fh).poll(None if handle is None else handle.notify)
+        return (await self._opened(fh)).poll(None if handle is None else handle.notify)
 
     @boundary
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
@@ -752,7 +944,7 @@ class Operations(pyfuse3.Operations):
 
         Not ENOSYS for all others: that would be the last request of this kind.
         """
-        node = self.node(inode)
+        node = await self.node(inode)
         entry = node.entry
         if name != ENTER_ATTRIBUTE or not isinstance(entry, Directory) or entry.link is None:
             raise OSError(errno.EOPNOTSUPP, "no such attribute", entry.name)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from nsfs import syscalls
+
+T = TypeVar("T")
 
 # In the order in which setns(2) of several at once works for a process that enters: `user` first,
 # since it gives the capabilities that the others ask for.
@@ -21,3 +29,34 @@ def identity(pid: int | str, kind: str) -> int:
     PermissionError where ptrace(2)'s access check forbids to look.
     """
     return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
+
+
+def within(pid: int, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
+    """Run `work` in a process's namespaces of some types; only in a thread of its own.
+
+    `kinds` are such as a single thread can join: net, ipc, uts, cgroup.  The thread comes back to
+    its own, whatever happens.  Raises ProcessLookupError when there is no such process.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def opened(path: str) -> int:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            return fd
+
+        back = [opened(f"/proc/thread-self/ns/{kind}") for kind in kinds]
+        try:
+            there = [opened(f"/proc/{pid}/ns/{kind}") for kind in kinds]
+        except FileNotFoundError as error:
+            raise ProcessLookupError(errno.ESRCH, "the process is gone", str(pid)) from error
+        try:
+            for fd in there:
+                syscalls.setns(fd, 0)
+            return work()
+        finally:
+            for fd in back:
+                try:
+                    syscalls.setns(fd, 0)
+                except OSError:
+                    # What runs next in this thread must not run there.
+                    os.abort()

@@ -2,6 +2,7 @@
 
     names              paths of entries, one a line: the number is the line's (see `tree.Names`)
     next               the first number that was never given out
+    secret             what the inode numbers of views' files are made with (see `tree.Paths`)
     c/ID.json          a container's record, replaced atomically
     c/ID.sock          its init's listening socket
     c/ID.log           its kernel log (see `logring`)
@@ -63,6 +64,16 @@ class Store:
             self._replace(self._path("next"), b"%d\n" % self._reserved)
         self._next += 1
         return self._next - 1
+
+    def secret(self) -> bytes:
+        """16 random bytes, the same for every daemon."""
+        try:
+            with open(self._path("secret"), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            found = os.urandom(16)
+            self._replace(self._path("secret"), found)
+            return found
 
     def names(self) -> list[str]:
         """The paths that have numbers, in their order."""

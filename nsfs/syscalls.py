@@ -1,12 +1,13 @@
 """Typed wrappers for system calls that the os module lacks; each raises OSError with errno,
-the call's name and what it was about.  Sources: mount(2), umount(2), inotify(7), openat2(2).
+the call's name and what it was about.  Sources: mount(2), umount(2), inotify(7), openat2(2),
+setns(2), and Documentation/filesystems/mount_api.rst for fsopen(2) and what follows it.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nsfs import _syscalls  # type: ignore[attr-defined]
@@ -65,6 +66,34 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
     return _check(
         _lib.nsfs_openat2(dir_fd, os.fsencode(path), flags | os.O_CLOEXEC, resolve), "openat2", path
     )
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2), of the calling thread."""
+    _check(_lib.nsfs_setns(fd, kind), "setns", "")
+
+
+def new_mount(fstype: str, options: Mapping[str, str] | None = None) -> int:
+    """A new instance of a filesystem, mounted nowhere: a descriptor of its root directory.
+
+    fsopen(2), fsconfig(2), fsmount(2); nosuid, nodev, noexec.
+    """
+    context_fd = _check(_lib.nsfs_fsopen(fstype.encode()), "fsopen", fstype)
+    try:
+        for key, value in (options or {}).items():
+            _check(
+                _lib.nsfs_fsconfig(
+                    context_fd, _lib.FSCONFIG_SET_STRING, key.encode(), os.fsencode(value)
+                ),
+                "fsconfig",
+                f"{key}={value}",
+            )
+        create = _lib.FSCONFIG_CMD_CREATE
+        _check(_lib.nsfs_fsconfig(context_fd, create, _ffi.NULL, _ffi.NULL), "fsconfig", fstype)
+        attributes = _lib.MOUNT_ATTR_NOSUID | _lib.MOUNT_ATTR_NODEV | _lib.MOUNT_ATTR_NOEXEC
+        return _check(_lib.nsfs_fsmount(context_fd, attributes), "fsmount", fstype)
+    finally:
+        os.close(context_fd)
 
 
 class Inotify:

@@ -5,8 +5,9 @@ number that shows the entries of the tables; a *node* is one entry of one face. 
 they are asked for and never kept: an inode number says all there is to say about one,
 
     bits 33..62   the face's number
-    bits  0..32   below 2**24 the entry's place in the table of names, else 2**24 + the key of an
-                  entry that comes and goes (a process: its PID)
+    bits  0..32   below 2**24 the entry's place in the table of names, from there on 2**24 + the key
+                  of an entry that comes and goes (a process: its PID), from 2**25 on a hash of the
+                  path of what a view shows (see `Paths`)
 
 so a thousand containers cost no node, and the next daemon finds each inode that the kernel still
 holds.  The name table is persistent, and only grows.
@@ -16,14 +17,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
-from nsfs.attribute import HIDDEN, Attribute, Directory, Entry, Link
+from nsfs.attribute import HIDDEN, Attribute, Directory, Entry, Link, TagType
 
 FACE_SHIFT = 33
 NUMBER_MASK = (1 << FACE_SHIFT) - 1
 KEYED = 1 << 24
+SHOWN = 1 << 25
+"""Where the numbers of what views show begin."""
+SELF = 0
+"""The key of what is another for each who looks: the viewer's own entry."""
 ROOT_NUMBER = 1
 """Of a face's own directory.  The root face is 0, so the root's inode is FUSE_ROOT_ID, 1."""
 
@@ -44,6 +51,8 @@ class Node(NamedTuple):
     entry: Entry
     key: int
     ino: int
+    path: tuple[str, ...] = ()
+    """Of what a view shows: the view's name, and the names below."""
 
 
 def ino(face_number: int, number: int) -> int:
@@ -83,6 +92,54 @@ class Names:
         return found
 
 
+class Paths:
+    """The numbers of what views show, by face and path.
+
+    Whoever is inside a container chooses names there (of interfaces), as many as they like, so no
+    table may only grow.  A number is a keyed hash of the path: the next daemon, and one that has
+    forgotten, find what a number means by looking through the view for a path that has it.  Two
+    paths of one face with the same hash (one in 2**33) get different numbers as long as the first
+    one is remembered.
+    """
+
+    TRIES = 3
+
+    def __init__(self, secret: bytes, remembered: int = 65536) -> None:
+        self._secret = secret
+        self._remembered = remembered
+        self._known: OrderedDict[tuple[int, int], tuple[str, ...]] = OrderedDict()
+
+    def numbers(self, path: tuple[str, ...]) -> list[int]:
+        """The numbers that a path may have, the likeliest first."""
+        digest = blake2b(
+            os.fsencode("/".join(path)), digest_size=8 * self.TRIES, key=self._secret
+        ).digest()
+        room = (1 << FACE_SHIFT) - SHOWN
+        return [
+            SHOWN + int.from_bytes(digest[at : at + 8], "little") % room
+            for at in range(0, 8 * self.TRIES, 8)
+        ]
+
+    def number(self, face_number: int, path: tuple[str, ...]) -> int:
+        """The number of a path, remembered."""
+        for number in self.numbers(path):
+            key = (face_number, number)
+            if self._known.setdefault(key, path) == path:
+                self._known.move_to_end(key)
+                if len(self._known) > self._remembered:
+                    self._known.popitem(last=False)
+                return number
+        raise OSError(errno.EOVERFLOW, "no inode number is free for it", path[-1])
+
+    def path(self, face_number: int, number: int) -> tuple[str, ...] | None:
+        """What has that number, as far as is remembered."""
+        return self._known.get((face_number, number))
+
+    def known(self, face_number: int) -> list[int]:
+        """The numbers that are remembered of a face."""
+        return [number for face, number in self._known if face == face_number]
+
+
 class Tables:
     """Every entry of every table, by inode number and by name."""
 
@@ -92,19 +149,26 @@ class Tables:
         self._numbers: dict[int, int] = {}
         self._children: dict[int, dict[str, Entry]] = {}
         self._keyed: list[Directory] = []
-        self._add(root, "", names)
+        self._views: dict[int, TagType] = {}
+        self._add(root, "", names, None)
 
-    def _add(self, entry: Entry, path: str, names: Names) -> None:
+    def _add(self, entry: Entry, path: str, names: Names, view: TagType | None) -> None:
         number = names.number(path)
         self._by_number[number] = entry
         self._numbers[id(entry)] = number
+        if isinstance(entry, TagType):
+            if view is not None or "/" in path:
+                raise ValueError(f"{path}: a view stands in a container's directory, in no other")
+            view = entry
+        if view is not None:
+            self._views[id(entry)] = view
         if isinstance(entry, Directory):
             children = self._children[id(entry)] = {}
             for child in entry.entries:
                 if child.name in children:
                     raise ValueError(f"two entries are called {path}/{child.name}")
                 children[child.name] = child
-                self._add(child, f"{path}/{child.name}" if path else child.name, names)
+                self._add(child, f"{path}/{child.name}" if path else child.name, names, view)
             if entry.member is not None:
                 self._keyed.append(entry)
         if len(self._keyed) > 1:
@@ -135,6 +199,18 @@ class Tables:
         if entry is None or HIDDEN in entry.flags or not node.face.has(entry):
             return None
         return self.of(node.face, entry)
+
+    def view(self, node: Node) -> TagType | None:
+        """The tagged directory that a node is, or is in."""
+        if node.path:
+            found = self._children[id(self.root)][node.path[0]]
+            assert isinstance(found, TagType)
+            return found
+        return self._views.get(id(node.entry))
+
+    def views(self) -> Iterator[TagType]:
+        """Every tagged directory."""
+        return (e for e in self._children[id(self.root)].values() if isinstance(e, TagType))
 
     def reserved(self, name: str) -> bool:
         """Whether a table has an entry of that name in a face's own directory, shown or not."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from nsfs import idmap
+from nsfs import cgroup, idmap
 from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
@@ -39,6 +39,7 @@ from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
 from nsfs.tree import Marks
+from nsfs.view import Views
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class World:
         """Open files' tokens to what the next daemon needs to go on with them."""
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""
+        self.views = Views()
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
         self.faces: dict[int, tuple[int, int]] = {}
@@ -303,6 +305,7 @@ class World:
             self.inotify.remove(watch)
             self._watched.pop(watch, None)
         container.watches.clear()
+        self.views.ended(container)
         self.ended(container)
 
     async def watch_events(self) -> None:
@@ -340,6 +343,7 @@ class World:
             await trio.sleep(HOUSEKEEPING_S)
             if self.marks.sweep():
                 self.store.clear_marks()
+            self.views.close_idle()
             for each in self.containers.values():
                 if each.own_log is not None:
                     each.own_log.report_suppressed()
@@ -354,6 +358,7 @@ class World:
             container.init_pid = 0
             self.ready.drop(container.number)
             container.save()
+            self.views.ended(container)
             log.info("the init of %s has ended", container.name)
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:
@@ -391,10 +396,10 @@ def process_of(tid: int) -> tuple[int, int]:
     (tid, 0) when it has ended.
     """
     try:
-        with open(f"/proc/{tid}/status", "rb") as file:
-            tgid = next(int(line[5:]) for line in file if line.startswith(b"Tgid:"))
+        status = cgroup.read_once(f"/proc/{tid}/status")
+        tgid = int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
         return tgid, start_time(tgid)
-    except (OSError, StopIteration):
+    except (OSError, ValueError):
         return tid, 0
 
 
@@ -423,9 +428,8 @@ class Processes:
 
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The command may contain blanks and parentheses; nothing after it does.
-        return int(file.read().rpartition(b")")[2].split()[19])
+    # The command may contain blanks and parentheses; nothing after it does.
+    return int(cgroup.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
 def process_lives(process: tuple[int, int]) -> bool:

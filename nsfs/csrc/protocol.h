@@ -204,7 +204,10 @@ enum trace_op {
 	TRACE_MOVE,
 };
 
-/* The last descriptor that comes with it is where the reply goes; its end without one: the tracer has died. */
+/* The last descriptor that comes with it is where the reply goes; its end without one: the tracer has died.  Before
+ * that, with TRACE_SESSION, one byte: whatever the process is answered now, it stops before it sees that. */
+#define TRACE_INTERRUPTED 1
+
 struct trace_request {
 	uint32_t op;		/* enum trace_op */
 	int32_t target;		/* the host's thread ID; its process has no other thread */

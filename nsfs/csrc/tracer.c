@@ -4,11 +4,11 @@
  *   nsfs-tracer        descriptor 3: a SOCK_SEQPACKET socket; ends when that is closed
  *
  * Each message is a struct trace_request, answered by a struct trace_reply on the last descriptor that comes with it.  Each
- * is carried out by a child of its own,
- * so whatever happens to that the kernel lets go of the process traced, which then goes on as it was.
+ * is carried out by a child of its own, which waits for it (to start one takes as long as all that it does): so
+ * whatever happens to that the kernel lets go of the process traced, which then goes on as it was.
  *
- * TRACE_SESSION: a process that is about to be answered EINTR to its link(2), an ln(1), becomes the session program.  It is
- *   seized and interrupted; when it stops it is made to call socketpair, recvmsg (which gives it the program and the
+ * TRACE_SESSION: a process that is in a link(2), an ln(1), becomes the session program.  It is seized and interrupted, which
+ *   is told, so that the call is answered; when it stops it is made to call socketpair, recvmsg (which gives it the program and the
  *   channel) and execveat.  Its argv and environment are put on its stack, below the red zone.
  *
  * TRACE_MOVE: a process is made to call pidfd_open, setns, close.  The pidfd is of a child of ours which has the
@@ -254,6 +254,7 @@ static void repeat(struct registers *registers)
 
 /* --- memory --- */
 
+static struct registers saved;	/* as it was stopped */
 static int memory_fd = -1;
 
 static int read_memory(unsigned long at, void *data, size_t size)
@@ -274,15 +275,21 @@ static int open_of(const char *what, int flags)
 	return open(path, flags | O_CLOEXEC);
 }
 
-/* Where in its vdso an instruction is that makes a system call; 0 when nowhere. */
+/* Where an instruction is that makes a system call; 0 when nowhere: the one that it has just made one by, or one in its
+ * vdso. */
 static unsigned long find_instruction(void)
 {
 	static unsigned char code[65536];
+	const unsigned long last = place_of(&saved) - sizeof(system_call);
 	static char line[4096];
 	unsigned long start, end, found = 0;
-	const int fd = open_of("maps", O_RDONLY);
-	FILE *file = fd < 0 ? NULL : fdopen(fd, "r");
+	FILE *file;
+	int fd;
 
+	if (!read_memory(last, code, sizeof(system_call)) && !memcmp(code, system_call, sizeof(system_call)))
+		return last;
+	fd = open_of("maps", O_RDONLY);
+	file = fd < 0 ? NULL : fdopen(fd, "r");
 	while (file && fgets(line, sizeof(line), file)) {
 		if (!strstr(line, "[vdso]") || sscanf(line, "%lx-%lx", &start, &end) != 2 ||
 		    end - start > sizeof(code) || read_memory(start, code, end - start))
@@ -299,7 +306,6 @@ static unsigned long find_instruction(void)
 /* --- tracing --- */
 
 static unsigned long instruction;
-static struct registers saved;
 static uint64_t saved_mask;
 static struct timespec stopped_at;
 
@@ -341,13 +347,16 @@ static void stop_timer(void)
 }
 
 /* Stop it where nothing of it is under way.  Returns 0 or what is in the way. */
-static int stop_target(void)
+static int stop_target(bool tell)
 {
+	const char told = TRACE_INTERRUPTED;
 	int status;
 
 	start_timer();
 	if (ptrace(PTRACE_INTERRUPT, target, 0, 0) < 0)
 		return errno;
+	if (tell)
+		(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
 	for (;;) {
 		status = next_stop();
 		if (status <= 0)
@@ -721,7 +730,7 @@ static void session(const int *fds, const char *name)
 
 	if (error)
 		answer(error, STEP_PROCESS, 0);
-	error = stop_target();
+	error = stop_target(true);
 	if (error)
 		answer(error, STEP_DEADLINE, 0);
 	error = become_session(fds, name);
@@ -938,7 +947,7 @@ static void move(const struct trace_request *wanted)
 		options |= PTRACE_O_SUSPEND_SECCOMP;
 	if ((error = seize(options)))
 		answer(error, STEP_PROCESS, 0);
-	if ((error = stop_target())) {
+	if ((error = stop_target(false))) {
 		detach();
 		answer(error, STEP_DEADLINE, 0);
 	}
@@ -957,14 +966,68 @@ static void move(const struct trace_request *wanted)
 
 /* --- requests --- */
 
-int main(void)
+/* One request, by a child that was there before it came. */
+__attribute__((noreturn))
+static void serve(int taken_fd)
 {
 	static struct { struct trace_request head; char name[256]; } message;
 	union {
 		char buffer[CMSG_SPACE(sizeof(int) * 4)];
 		struct cmsghdr align;
 	} control;
-	int fds[4], null_fd;
+	struct iovec iov = { &message, sizeof(message) - 1 };
+	struct msghdr header = {
+		.msg_iov = &iov, .msg_iovlen = 1,
+		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer) };
+	const struct cmsghdr *rights;
+	size_t count = 0;
+	ssize_t length;
+	int fds[4];
+
+	signal(SIGCHLD, SIG_DFL);
+	do
+		length = recvmsg(SPAWNER_SOCKET_FD, &header, MSG_CMSG_CLOEXEC);
+	while (length < 0 && errno == EINTR);
+	if (length < (ssize_t)sizeof(message.head))
+		_exit(1);
+	/* Now another is to wait in our place. */
+	(void)!write(taken_fd, "", 1);
+	close(taken_fd);
+	rights = CMSG_FIRSTHDR(&header);
+	if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS) {
+		count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		memcpy(fds, CMSG_DATA(rights), count * sizeof(int));
+	}
+	/* Should we die, that descriptor's end tells. */
+	if (!count)
+		_exit(1);
+	reply_fd = fds[--count];
+	target = message.head.target;
+	if (message.head.op == TRACE_SESSION && count == 2)
+		session(fds, message.name);
+	if (message.head.op == TRACE_MOVE && !count)
+		move(&message.head);
+	answer(EINVAL, STEP_REQUEST, 0);
+}
+
+/* Wait until a child has taken a request, or has died; returns false when there will be none any more. */
+static bool was_taken(int taken_fd)
+{
+	struct pollfd requests = { .fd = SPAWNER_SOCKET_FD };
+	char byte;
+	ssize_t length;
+
+	do
+		length = read(taken_fd, &byte, 1);
+	while (length < 0 && errno == EINTR);
+	close(taken_fd);
+	return length > 0 || (poll(&requests, 1, 0) >= 0 && !(requests.revents & (POLLHUP | POLLERR)));
+}
+
+int main(void)
+{
+	char unread;
+	int null_fd;
 
 	null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
 	for (int fd = 0; fd < 2; fd++)
@@ -976,40 +1039,25 @@ int main(void)
 	prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0);
 	signal(SIGCHLD, SIG_IGN);
 	for (;;) {
-		struct iovec iov = { &message, sizeof(message) - 1 };
-		struct msghdr header = {
-			.msg_iov = &iov, .msg_iovlen = 1,
-			.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer) };
-		const struct cmsghdr *rights;
-		const ssize_t length = recvmsg(SPAWNER_SOCKET_FD, &header, MSG_CMSG_CLOEXEC);
-		size_t count = 0;
+		int ends[2];
 		pid_t pid;
 
-		if (length < 0 && errno == EINTR)
-			continue;
-		if (length < (ssize_t)sizeof(message.head))
-			return 0;
-		((char *)&message)[length] = '\0';
-		rights = CMSG_FIRSTHDR(&header);
-		if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS) {
-			count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-			memcpy(fds, CMSG_DATA(rights), count * sizeof(int));
-		}
+		if (pipe2(ends, O_CLOEXEC))
+			return 1;
 		pid = fork();
 		if (!pid) {
-			signal(SIGCHLD, SIG_DFL);
-			if (!count)
-				return 1;
-			reply_fd = fds[--count];
-			target = message.head.target;
-			if (message.head.op == TRACE_SESSION && count == 2)
-				session(fds, message.name);
-			if (message.head.op == TRACE_MOVE && !count)
-				move(&message.head);
-			answer(EINVAL, STEP_REQUEST, 0);
+			close(ends[0]);
+			serve(ends[1]);
 		}
-		/* Should it not have been started, or die, that descriptor's end tells. */
-		for (size_t i = 0; i < count; i++)
-			close(fds[i]);
+		close(ends[1]);
+		if (pid > 0) {
+			if (!was_taken(ends[0]))
+				return 0;
+			continue;
+		}
+		close(ends[0]);
+		/* No process is to be had: so it goes to whoever asks now.  The end of the descriptor that came along tells. */
+		if (recv(SPAWNER_SOCKET_FD, &unread, sizeof(unread), 0) <= 0 && errno != EINTR)
+			return 0;
 	}
 }

@@ -3,7 +3,8 @@
 An entry for each member but the init, those of nested containers included, named by the PID as the
 viewer's PID namespace knows it; it belongs to the process's user, 0644.  Reading one shows,
 flat-keyed, `container` (the path to the one that it is in), `user`, `command` and `since` (seconds
-since the Epoch).  `procs/self` is the viewer itself.
+since the Epoch).  `procs/self` is whoever looks: one file for all, 0666 (a link(2) of it has to be
+allowed where protected_hardlinks is set, see proc_sys_fs(5)), which nobody can write.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from nsfs import entry, leaf, members
 from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
+from nsfs.tree import SELF
 from nsfs.world import process_of
 
 
@@ -35,7 +37,7 @@ def procs_find(face: Face, name: str, caller: Caller) -> int:
         pid = process_of(caller.tid)[0]
         if members.container_of(face.container, pid) is None:
             raise members.no_process("self")
-        return members.seen_pid(pid, members.level(face.viewpoint))
+        return SELF
     base, _, types = name.partition(":")
     if not (base.isascii() and base.isdigit() and len(base) <= 7) or base != str(int(base)):
         raise members.no_process(name)

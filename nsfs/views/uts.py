@@ -6,14 +6,12 @@ hostname   0644: what gethostname(2) answers inside; written, at most 64 bytes o
 
 from __future__ import annotations
 
-from nsfs.attribute import Attribute, Caller, Directory, invalid, out_of_range
-from nsfs.authority import check_namespace
+from nsfs.attribute import Attribute, Caller, TagType, invalid, out_of_range
 from nsfs.container import HOSTNAME_MAX, Face
 
 
 async def hostname_show(face: Face) -> str:
     """The name, as the namespace has it now."""
-    face.container.check_alive()
     name: str = await face.world.spawner.hostname(_tag(face))
     return name + "\n"
 
@@ -25,8 +23,6 @@ async def hostname_store(face: Face, value: str, caller: Caller) -> None:
         raise invalid(value)
     if len(name.encode()) > HOSTNAME_MAX:
         raise out_of_range(value)
-    face.container.check_alive()
-    check_namespace(face, "uts", caller)
     await face.world.spawner.set_hostname(_tag(face), name)
 
 
@@ -36,5 +32,5 @@ def _tag(face: Face) -> int:
 
 
 FILES = (
-    Directory("uts", entries=(Attribute("hostname", show=hostname_show, store=hostname_store),)),
+    TagType("uts", entries=(Attribute("hostname", show=hostname_show, store=hostname_store),)),
 )

@@ -189,12 +189,38 @@ def test_members_are_listed(web: Container) -> None:
 
 
 def test_procs_self_is_the_viewer(tree: Path) -> None:
-    text = (tree / "procs" / "self").read_text()
-    assert f"user {'root'}" in text
-    assert "container ." in text
-    assert (
-        os.stat(tree / "procs" / "self").st_ino == os.stat(tree / "procs" / str(os.getpid())).st_ino
+    own = tree / "procs/self"
+    assert own.read_text() == (tree / "procs" / str(os.getpid())).read_text()
+    assert "container .\n" in own.read_text()
+    # One file for all, which anybody may link(2) and nobody write.
+    assert stat.S_IMODE(own.stat().st_mode) == 0o666
+    with pytest.raises(OSError, match="Invalid"):
+        write(own, "1")
+    done = subprocess.run(
+        ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", "cat", "procs/self"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
     )
+    assert "user 1234\n" in done.stdout
+    assert "command cat procs/self\n" in done.stdout
+
+
+def test_procs_self_of_others_is_not_there(tree: Path, web: Container) -> None:
+    own = tree / "procs/self"
+    assert own.exists()
+    assert not (web / "procs/self").exists()
+    assert web.run("cat /sys/namespaces/procs/self | grep command") == (
+        "command cat /sys/namespaces/procs/self\n"
+    )
+
+
+def test_procs_self_stays_the_openers_with_the_next_daemon(instance: Instance, tree: Path) -> None:
+    with open(tree / "procs/self") as file:
+        before = file.read()
+        instance.kill_daemon()
+        file.seek(0)
+        assert file.read() == before
 
 
 def test_a_nested_containers_members_are_its_parents_too(web: Container) -> None:
@@ -420,8 +446,10 @@ def test_a_dead_container_says_enodev_and_can_be_removed(web: Container) -> None
     web.run("echo last words > /dev/kmsg")
     os.kill(web.init, signal.SIGKILL)
     wait_until(lambda: _errno_of((web / "init").read_text) == errno.ENODEV, "it is dead")
-    for name, value in (("exec", "true"), ("kill", "1"), ("freeze", "1"), ("uts/hostname", "x")):
+    for name, value in (("exec", "true"), ("kill", "1"), ("freeze", "1")):
         refused(errno.ENODEV, web.write, name, value)
+    # What a namespace had goes with it.
+    refused(errno.ENOENT, web.write, "uts/hostname", "x")
     refused(errno.ENODEV, os.mkdir, web / "db")
     assert "last words" in web.read("kmsg")
     assert web.state()["populated"] == "0"

@@ -1,0 +1,154 @@
+"""Open views: what tagged directories show of namespaces beside the entries of their tables.
+
+The idea is that of sysfs's tagged directories (E. Biederman, 2008; fs/sysfs and `kobj_ns_type_
+operations` in the kernel): a directory has at most one type, what it shows depends on the tag, and
+when the tag dies its entries vanish.  Here the tag is a container: the one whose namespace it is.
+
+A view opens when it is first looked at and closes when nobody has for a while, so that what is idle
+holds nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from nsfs import namespaces
+from nsfs.attribute import Attribute, Caller, Contents, Directory, TagType
+from nsfs.authority import check_namespace
+from nsfs.container import Container, Face
+
+__all__ = ["Attribute", "Caller", "Contents", "Directory", "Face", "TagType", "Views", "inside"]
+
+IDLE_S = 10.0
+"""How long an open view is kept that nobody looks at."""
+
+T = TypeVar("T")
+
+
+class _Open:
+    __slots__ = ("contents", "ready", "used")
+
+    def __init__(self) -> None:
+        self.ready = trio.Event()
+        self.contents: Contents | None = None
+        self.used = 0.0
+
+
+class Views:
+    """The views that are open, each once for all who look at it."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[TagType, Container], _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def of(self, face: Face, view: TagType) -> Contents:
+        """What a view shows on a face, opened if need be; FileNotFoundError when its namespace is
+        dead."""
+        container = tag(face, view)
+        if not lives(container):
+            raise FileNotFoundError(errno.ENOENT, "the namespace is dead", view.name)
+        if view.contents is None:
+            return _NOTHING
+        key = (view, container)
+        found = self._open.get(key)
+        while found is not None:
+            if found.contents is not None:
+                found.used = time.monotonic()
+                return found.contents
+            await found.ready.wait()
+            # Whoever opened it may have failed.
+            found = self._open.get(key)
+        found = self._open[key] = _Open()
+        try:
+            contents = await view.contents(container)
+        except ProcessLookupError as error:
+            raise FileNotFoundError(errno.ENOENT, "the namespace is dead", view.name) from error
+        finally:
+            found.ready.set()
+            if self._open.get(key) is found:
+                del self._open[key]
+        if not lives(container):
+            contents.close()
+            raise FileNotFoundError(errno.ENOENT, "the namespace is dead", view.name)
+        found.contents = contents
+        found.used = time.monotonic()
+        self._open[key] = found
+        return contents
+
+    def close_idle(self) -> None:
+        """Close what nobody has looked at for IDLE_S."""
+        before = time.monotonic() - IDLE_S
+        for key, each in list(self._open.items()):
+            if each.contents is not None and each.used < before:
+                del self._open[key]
+                each.contents.close()
+
+    def ended(self, container: Container) -> None:
+        """The container's namespaces are dead, or will be others."""
+        for key in [key for key in self._open if key[1] is container]:
+            each = self._open.pop(key)
+            if each.contents is not None:
+                each.contents.close()
+            if key[0].died is not None:
+                key[0].died(container)
+
+
+_NOTHING = Contents()
+
+
+def tag(face: Face, view: TagType) -> Container:
+    """Whose namespace a view shows on a face."""
+    assert view.tag is not None
+    found: Container = view.tag(face)
+    return found
+
+
+def lives(container: Container) -> bool:
+    """Whether its namespaces are still held by its init."""
+    if container.parent is None:
+        return True
+    try:
+        return container.alive() and bool(namespaces.identity(container.init_pid, "user"))
+    except (FileNotFoundError, ProcessLookupError):
+        # Its death has not been told yet.
+        return False
+
+
+def check_write(face: Face, view: TagType, caller: Caller) -> None:
+    """Whether a caller whom the modes allow it may change what a view shows.
+
+    ENODEV when the namespace is dead; EPERM when it is another container's, which is not the
+    caller's to change.
+    """
+    container = tag(face, view)
+    if not lives(container):
+        raise OSError(errno.ENODEV, "the namespace is dead", view.name)
+    if view.kind in namespaces.ALL and container is not face.container:
+        check_namespace(face, view.kind, caller)
+
+
+async def inside(container: Container, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
+    """Run `work` in a thread that has joined a container's namespaces of some types.
+
+    Only types that a thread can join by itself: net, ipc, uts and cgroup (setns(2)).  The thread
+    ends with it, so it never has to come back.  ProcessLookupError when the namespaces are dead.
+    """
+    if container.parent is None:
+        return await in_thread(work)
+    return await in_thread(lambda: namespaces.within(container.init_pid, kinds, work))
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run what may block in a thread; a signal of whoever waits leaves it behind."""
+    running: Awaitable[T] = trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)
+    return await running
+
+
+_threads = trio.CapacityLimiter(64)
