@@ -203,16 +203,16 @@ class Contents:
 
     A path is the names below the tagged directory; () is that directory itself.  Every call may
     find the namespace dead: what is not there any more is FileNotFoundError, and a file's show and
-    store, which are called later, say ENODEV.
+    store, which are called later, say ENODEV.  None may block; what has to wait is a coroutine.
     """
 
-    def entry(self, path: tuple[str, ...]) -> Entry:
+    def entry(self, path: tuple[str, ...]) -> Entry | Awaitable[Entry]:
         """What is at a path: a file, a link or a directory (whose `entries` do not count);
-        FileNotFoundError when nothing is.  Must not block."""
+        FileNotFoundError when nothing is."""
         raise FileNotFoundError(errno.ENOENT, "no such file or directory", "/".join(path))
 
-    def names(self, path: tuple[str, ...]) -> Iterable[str]:
-        """The names in the directory at a path, in any order.  Must not block."""
+    def names(self, path: tuple[str, ...]) -> Iterable[str] | Awaitable[Iterable[str]]:
+        """The names in the directory at a path, in any order."""
         return ()
 
     def close(self) -> None:

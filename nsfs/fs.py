@@ -43,7 +43,7 @@ from nsfs.authority import check_seen_once
 from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
-from nsfs.view import check_write, lives, tag
+from nsfs.view import check_write, entry_of, lives, names_of, tag
 from nsfs.world import Processes, World, process_lives, process_of
 
 log = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ class Operations(pyfuse3.Operations):
         if top is None or not isinstance(top.entry, TagType):
             raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
         contents = await self.world.views.of(face, top.entry)
-        entry = contents.entry(path[1:])
+        entry = await entry_of(contents, path[1:])
         number = self.paths.number(face.number, path)
         return Node(face, entry, 0, ino(face.number, number), path)
 
@@ -300,11 +300,11 @@ class Operations(pyfuse3.Operations):
             directories: list[tuple[str, ...]] = [()]
             for directory in directories:
                 with contextlib.suppress(OSError):
-                    for name in contents.names(directory):
+                    for name in await names_of(contents, directory):
                         path = (view.name, *directory, name)
                         if number in self.paths.numbers(path):
                             return path
-                        if isinstance(contents.entry(path[1:]), Directory):
+                        if isinstance(await entry_of(contents, path[1:]), Directory):
                             directories.append(path[1:])
                         left -= 1
                         if not left:
@@ -548,10 +548,10 @@ class Operations(pyfuse3.Operations):
             children = enumerate(self.tables.children(node), 1)
             rows = [(index, child.entry.name, child) for index, child in children]
         path = node.path or (view.name,)
-        for name in contents.names(path[1:]):
+        for name in await names_of(contents, path[1:]):
             # It may have gone meanwhile.
             with contextlib.suppress(FileNotFoundError):
-                entry = contents.entry((*path[1:], name))
+                entry = await entry_of(contents, (*path[1:], name))
                 number = self.paths.number(face.number, (*path, name))
                 child = Node(face, entry, 0, ino(face.number, number), (*path, name))
                 rows.append((CHILD_COOKIE + number, name, child))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import trio
 
 from nsfs import cgroup, idmap
+from nsfs.attribute import one_line
 from nsfs.container import Container, Face
 
 COMMAND_WAIT_S = 0.2
@@ -128,6 +129,15 @@ def container_of(top: Container, pid: int) -> Container | None:
     if found is None or len(parts) < 2 or parts[1] != "payload":
         return None
     return found if top in found.lineage() else None
+
+
+def family(pid: int, depth: int) -> tuple[int, int, str]:
+    """A process's parent by the host's PID, its own PID as a viewpoint at that level knows it (0:
+    not at all), and its name (`comm`)."""
+    status = _status(pid)
+    numbers = status.get("NSpid", "").split()
+    seen = int(numbers[depth]) if depth < len(numbers) else 0
+    return int(status["PPid"]), seen, one_line(status.get("Name", ""))
 
 
 def owner(pid: int) -> tuple[int, int]:

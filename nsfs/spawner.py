@@ -45,6 +45,7 @@ _BINDS_MAX = 64
 
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
+_SYSCTL = 10
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4
 # enum init_op, enum init_flag, enum init_reply_op
@@ -405,6 +406,23 @@ class Spawner:
     async def set_hostname(self, pid: int, name: str) -> None:
         """Set it, as sethostname(2) would: EINVAL beyond 64 bytes."""
         await self._call(_SET_HOSTNAME, pid=pid, strings=(name,))
+
+    async def sysctl(self, pid: int, kinds: tuple[str, ...], path: str) -> bytes:
+        """What is read in a file below /proc/sys from a process's namespaces of some types.
+
+        Those are net, ipc and pid.
+        """
+        types = sum(CLONE_NEW[kind] for kind in kinds)
+        fd = _fd(await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path,)))
+        try:
+            return os.read(fd, 4096)
+        finally:
+            os.close(fd)
+
+    async def set_sysctl(self, pid: int, kinds: tuple[str, ...], path: str, value: str) -> None:
+        """Write it there, as the root of the process's user namespace."""
+        types = sum(CLONE_NEW[kind] for kind in kinds)
+        await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path, value))
 
     async def tree(self, pid: int, path: str, uid: int = 0, gid: int = 0) -> int:
         """A detached clone of the tree at a path, as process `pid` sees it (0: the host).

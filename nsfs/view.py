@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import trio
 
 from nsfs import namespaces
-from nsfs.attribute import Attribute, Caller, Contents, Directory, TagType
+from nsfs.attribute import Attribute, Caller, Contents, Directory, Entry, TagType
 from nsfs.authority import check_namespace
 from nsfs.container import Container, Face
 
@@ -132,6 +132,18 @@ def check_write(face: Face, view: TagType, caller: Caller) -> None:
         raise OSError(errno.ENODEV, "the namespace is dead", view.name)
     if view.kind in namespaces.ALL and container is not face.container:
         check_namespace(face, view.kind, caller)
+
+
+async def entry_of(contents: Contents, path: tuple[str, ...]) -> Entry:
+    """What is at a path of what a view shows."""
+    found = contents.entry(path)
+    return found if isinstance(found, Entry) else await found
+
+
+async def names_of(contents: Contents, path: tuple[str, ...]) -> Iterable[str]:
+    """The names in a directory of it."""
+    found = contents.names(path)
+    return await found if isinstance(found, Awaitable) else found
 
 
 async def inside(container: Container, kinds: tuple[str, ...], work: Callable[[], T]) -> T:

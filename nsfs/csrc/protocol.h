@@ -31,6 +31,9 @@ enum spawner_op {
 	OP_UNBIND,		/* pid, string: target */
 	OP_OUTPUT,		/* face; reply: fd, `.f/FACE.output` open for appending */
 	OP_FEATURES,		/* reply: value, enum spawner_feature */
+	/* pid, strings: a file below /proc/sys; [value to write]; unshare: the namespaces of pid that it is of;
+	 * reply: fd, from which to read what is in it.  Written as the root of pid's user namespace. */
+	OP_SYSCTL,
 };
 
 enum spawner_flag {

@@ -1600,6 +1600,48 @@ static int look_as(uid_t uid, gid_t gid)
 	return 0;
 }
 
+/* Whose a sysctl is follows from the namespaces of whoever opens it, or reads it. */
+static int access_sysctl(void *about)
+{
+	const struct spawner_request *head = &request.head;
+	const bool writes = head->strings > 1;
+	char path[256], value[4096];
+	ssize_t length;
+	int fd;
+
+	step = STEP_PATH;
+	snprintf(path, sizeof(path), "sys/%.200s", request.strings[0]);
+	fd = (int)call(openat(proc_fd, path, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	if (writes)
+		return write(fd, request.strings[1], strlen(request.strings[1])) < 0 ? -errno : 0;
+	length = read(fd, value, sizeof(value));
+	return length < 0 || write(*(int *)about, value, (size_t)length) < 0 ? -errno : 0;
+}
+
+/* Returns the end of a pipe that has what was read, or 0 when something was written. */
+static int sysctl_inside(void)
+{
+	const struct spawner_request *head = &request.head;
+	const bool other_user_ns = ns_ino(head->pid, "user") != own_user_ino;
+	int pid_fd, ends[2], result;
+
+	pid_fd = open_pid(head->pid);
+	if (pid_fd < 0)
+		return pid_fd;
+	step = STEP_JOIN;
+	if (pipe2(ends, O_CLOEXEC) || setns(pid_fd, (int)head->unshare))
+		return -errno;
+	/* As the container's root: a sysctl of the whole host is not that one's to write. */
+	if (head->strings > 1 && other_user_ns &&
+	    (setns(pid_fd, CLONE_NEWUSER) || set_ids(0, 0, 0, true) || set_ids(0, 0, 0, false)))
+		return -EPERM;
+	/* A child, since only such a one is in a PID namespace that was joined. */
+	result = aside(access_sysctl, &ends[1], -1);
+	return result || head->strings > 1 ? result : ends[0];
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
@@ -1646,6 +1688,8 @@ static int act(void)
 		/* Whatever a symbolic link makes of the path is in the container's own mount namespace. */
 		step = STEP_PATH;
 		return detach(request.strings[0]);
+	case OP_SYSCTL:
+		return sysctl_inside();
 	default:
 		return -EINVAL;
 	}
@@ -1762,6 +1806,10 @@ static int parse(size_t length)
 		return 0;
 	case OP_BIND:
 		return head->strings == 1 && request.fd_count == 1 ? 0 : -EINVAL;
+	case OP_SYSCTL:
+		if (head->unshare & ~(unsigned int)(CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWPID) || !head->unshare)
+			return -EINVAL;
+		/* fall through */
 	case OP_PIN:
 		return head->strings >= 1 && head->strings <= 2 ? 0 : -EINVAL;
 	case OP_SET_HOSTNAME:

@@ -1,5 +1,6 @@
 """`net/`: a network namespace as a tagged view (network_namespaces(7)).
 
+net/sysctl/  /proc/sys/net of that namespace, with the kernel's own modes, values and errors
 net/IFACE/   the kernel's own /sys/class/net/IFACE of that namespace: its attributes, readable and
              writable with the kernel's own modes, values and errors
              (Documentation/ABI/testing/sysfs-class-net); links to other interfaces lead to their
@@ -14,13 +15,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 
 from nsfs.attribute import Attribute, Caller, Contents, Directory, Entry, Link, TagType
 from nsfs.container import Container, Face
 from nsfs.syscalls import new_mount
+from nsfs.sysctl import Sysctls
 from nsfs.view import in_thread, inside
 
+SYSCTL = "sysctl"
+"""An interface of that name is not shown."""
 VALUE_SIZE = 4096
 """sysfs's own bound: a page."""
 QUICK = frozenset(
@@ -35,24 +39,31 @@ those of `statistics` likewise.  All others take the RTNL or ask a driver: a thr
 
 
 class Interfaces(Contents):
-    """The interfaces of one network namespace, by a detached sysfs."""
+    """The interfaces of one network namespace, by a detached sysfs, and its sysctls."""
 
-    def __init__(self, sysfs_fd: int) -> None:
+    def __init__(self, container: Container, sysfs_fd: int) -> None:
         self._fd = sysfs_fd
+        self._sysctls = Sysctls(container, ("net",), (("net",),))
 
     def close(self) -> None:
         """The mount goes with its last descriptor."""
         fd, self._fd = self._fd, -1
         os.close(fd)
+        self._sysctls.close()
 
-    def names(self, path: tuple[str, ...]) -> Iterator[str]:
-        """Interfaces, or what the kernel shows of one."""
+    def names(self, path: tuple[str, ...]) -> Iterable[str] | Awaitable[Iterable[str]]:
+        """Interfaces and `sysctl`, or what the kernel shows of one."""
+        if path[:1] == (SYSCTL,):
+            return self._sysctls.names(("net", *path[1:]))
+        return [*self._names(path), *(() if path else (SYSCTL,))]
+
+    def _names(self, path: tuple[str, ...]) -> Iterator[str]:
         with self._scan(path) as found:
             for each in found:
                 if path and each.is_symlink() and self._beside(path, each.name) is None:
                     continue
                 # `bonding_masters` stands beside the interfaces.
-                if path or each.is_symlink():
+                if path or (each.is_symlink() and each.name != SYSCTL):
                     yield each.name
 
     def _scan(self, path: tuple[str, ...]) -> os._ScandirIterator[str]:
@@ -62,8 +73,13 @@ class Interfaces(Contents):
         finally:
             os.close(fd)
 
-    def entry(self, path: tuple[str, ...]) -> Entry:
-        """An interface, a directory of one, an attribute, or a link to another interface."""
+    def entry(self, path: tuple[str, ...]) -> Entry | Awaitable[Entry]:
+        """An interface, a directory of one, an attribute, or a link to another interface; or a
+        sysctl."""
+        if path == (SYSCTL,):
+            return Directory(SYSCTL)
+        if path[0] == SYSCTL:
+            return self._sysctls.entry(("net", *path[1:]))
         where = self._path(path)
         if len(path) == 1:
             # The kernel has a link there, to wherever the device is.
@@ -132,7 +148,7 @@ class Interfaces(Contents):
 
 async def interfaces(container: Container) -> Interfaces:
     """The interfaces of a container's network namespace."""
-    return Interfaces(await inside(container, ("net",), lambda: new_mount("sysfs")))
+    return Interfaces(container, await inside(container, ("net",), lambda: new_mount("sysfs")))
 
 
 FILES = (TagType("net", contents=interfaces),)

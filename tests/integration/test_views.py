@@ -25,7 +25,7 @@ def fails(number: int) -> object:
 
 
 def test_net_is_the_kernels_own_of_that_namespace(web: Container) -> None:
-    assert os.listdir(web / "net") == ["lo"]
+    assert sorted(os.listdir(web / "net")) == ["lo", "sysctl"]
     inside = web.run("cd /sys/class/net/lo; ls; cat mtu flags address statistics/rx_bytes")
     listed, _, values = inside.rpartition("uevent\n")
     shown = set(os.listdir(web / "net/lo"))
@@ -58,7 +58,7 @@ def test_the_kernels_own_errors(web: Container) -> None:
 def test_interfaces_come_and_go_and_are_seen_at_once(web: Container) -> None:
     run = f"nsenter --net={web / 'nsproxy/net'} ip link"
     shell(f"{run} add br0 type bridge; {run} add d0 type veth peer e0; {run} set d0 master br0")
-    assert sorted(os.listdir(web / "net")) == ["br0", "d0", "e0", "lo"]
+    assert sorted(os.listdir(web / "net")) == ["br0", "d0", "e0", "lo", "sysctl"]
     assert os.readlink(web / "net/d0/master") == "../br0"
     assert os.readlink(web / "net/br0/lower_d0") == "../d0"
     assert (web / "net/d0/master/bridge/stp_state").read_text() == "0\n"
@@ -67,11 +67,11 @@ def test_interfaces_come_and_go_and_are_seen_at_once(web: Container) -> None:
         os.stat(web / "net/d0")
     assert (web / "net/br0/lower_d1/mtu").read_text() == "1500\n"
     shell(f"{run} del br0")
-    assert sorted(os.listdir(web / "net")) == ["d1", "e0", "lo"]
+    assert sorted(os.listdir(web / "net")) == ["d1", "e0", "lo", "sysctl"]
 
 
 def test_the_same_from_inside(web: Container) -> None:
-    script = "cd {}/net; ls -R | sort; cat lo/mtu lo/type; grep . lo/statistics/*"
+    script = "cd {}/net; ls -R lo | sort; cat lo/mtu lo/type; grep . lo/statistics/*"
     assert web.run(script.format("/sys/namespaces")) == shell(script.format(web.path))
     web.run("echo 1300 > /sys/namespaces/net/lo/mtu")
     assert web.read("net/lo/mtu") == "1300\n"
@@ -80,7 +80,7 @@ def test_the_same_from_inside(web: Container) -> None:
 def test_rm_in_a_view_harms_nothing(web: Container) -> None:
     shell(f"nsenter --net={web / 'nsproxy/net'} ip link add d0 type veth peer e0")
     shell(f"rm -rf {web / 'net'} {web / 'uts'}; rm -rf {web / 'net/d0'}; rm {web / 'net/d0/mtu'}")
-    assert sorted(os.listdir(web / "net")) == ["d0", "e0", "lo"]
+    assert sorted(os.listdir(web / "net")) == ["d0", "e0", "lo", "sysctl"]
     assert web.read("net/d0/mtu") == "1500\n"
 
 
@@ -98,7 +98,7 @@ def test_what_is_shared_is_the_holders(tree: Path, web: Container) -> None:
     assert web.read("net/lo/mtu") == "1235\n"
 
 
-@pytest.mark.parametrize("name", ["net/lo/mtu", "uts/hostname"])
+@pytest.mark.parametrize("name", ["net/lo/mtu", "uts/hostname", "ipc/sysctl/kernel/shmmax"])
 def test_when_the_namespace_dies_its_entries_are_gone(web: Container, name: str) -> None:
     fd = os.open(web / name, os.O_RDWR)
     try:
@@ -168,5 +168,152 @@ def test_a_view_does_not_keep_a_namespace(tree: Path) -> None:
 
 def test_the_roots_is_the_hosts(tree: Path) -> None:
     assert sorted(os.listdir(tree / "net")) == sorted(
-        name for name in os.listdir("/sys/class/net") if Path("/sys/class/net", name).is_dir()
+        ["sysctl"]
+        + [name for name in os.listdir("/sys/class/net") if Path("/sys/class/net", name).is_dir()]
     )
+
+
+def test_uts(web: Container) -> None:
+    assert web.read("uts/domainname") == "(none)\n"
+    web.write("uts/domainname", "shop.example")
+    assert web.run("cat /proc/sys/kernel/domainname") == "shop.example\n"
+    assert Path("/proc/sys/kernel/domainname").read_text() != "shop.example\n"
+    for value in ("", "a b", "x\ty"):
+        with fails(errno.EINVAL):
+            web.write("uts/domainname", value)
+    with fails(errno.ERANGE):
+        web.write("uts/hostname", "x" * 65)
+    web.run("echo inner > /sys/namespaces/uts/hostname")
+    assert web.read("uts/hostname") == "inner\n"
+
+
+MAKE_IPC = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.shmget(4711, 4096, 0o1640) >= 0
+assert libc.semget(4712, 3, 0o1600) >= 0
+assert libc.msgget(4713, 0o1600) >= 0
+assert libc.mq_open(b"/orders", 0o102, 0o600, None) >= 0
+print(os.getpid())
+"""
+
+
+def columns(table: str) -> dict[str, str]:
+    head, row = table.splitlines()
+    return dict(zip(head.split(), row.split(), strict=True))
+
+
+def test_ipc(web: Container) -> None:
+    before = [Path("/proc/sysvipc", name).read_text() for name in ("shm", "sem", "msg")]
+    pid = web.run(f"exec python3 -c '{MAKE_IPC}'").strip()
+    assert columns(web.read("ipc/shm"))["key"] == "4711"
+    assert columns(web.read("ipc/shm"))["size"] == "4096"
+    assert columns(web.read("ipc/sem"))["nsems"] == "3"
+    assert columns(web.read("ipc/msg"))["key"] == "4713"
+    assert os.listdir(web / "ipc/mqueue") == ["orders"]
+    assert web.read("ipc/mqueue/orders").startswith("QSIZE:0 ")
+    inside = web.run("cat /sys/namespaces/ipc/shm")
+    assert columns(inside)["uid"] == "0"
+    # The process has ended: nobody has a number for it any more.
+    assert columns(inside)["cpid"] in ("0", pid)
+    assert int(columns(web.read("ipc/shm"))["uid"]) >= 0x70000000
+    assert [Path("/proc/sysvipc", name).read_text() for name in ("shm", "sem", "msg")] == before
+
+
+def test_ipc_sysctls(web: Container) -> None:
+    here = Path("/proc/sys/kernel/msgmni").read_text()
+    web.write("ipc/sysctl/kernel/msgmni", "77")
+    assert web.run("cat /proc/sys/kernel/msgmni") == "77\n"
+    assert Path("/proc/sys/kernel/msgmni").read_text() == here
+    with fails(errno.EINVAL):
+        web.write("ipc/sysctl/kernel/msgmni", "many")
+    assert "msg_max" in os.listdir(web / "ipc/sysctl/fs/mqueue")
+    # What is the whole host's is not shown.
+    with fails(errno.ENOENT):
+        web.read("ipc/sysctl/kernel/panic")
+    assert sorted(os.listdir(web / "ipc/sysctl")) == ["fs", "kernel"]
+
+
+def test_net_sysctls(web: Container) -> None:
+    assert web.read("net/sysctl/ipv4/ip_forward") == "0\n"
+    here = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    web.write("net/sysctl/ipv4/ip_forward", "1")
+    assert web.run("cat /proc/sys/net/ipv4/ip_forward") == "1\n"
+    assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == here
+    assert "lo" in os.listdir(web / "net/sysctl/ipv4/conf")
+    assert sorted(os.listdir(web / "net/sysctl")) == web.run("ls /proc/sys/net").split()
+
+
+def test_user(web: Container) -> None:
+    inside, outside, count = web.read("user/uid_map").split()
+    assert (inside, int(outside) >= 0x70000000, count) == ("0", True, str(16 * 65536))
+    assert web.run("cat /sys/namespaces/user/uid_map") == web.run("cat /proc/self/uid_map")
+    assert web.read("user/owner") == "0\n"
+    (web / "db").mkdir()
+    db = Container(web / "db")
+    # Each sees its own numbers of the same.
+    nested = db.read("user/uid_map").split()
+    assert int(nested[1]) == int(outside) + 65536
+    assert web.run("cat /sys/namespaces/db/user/uid_map").split() == ["0", "65536", "65536"]
+    assert db.run("cat /sys/namespaces/user/uid_map").split() == ["0", "65536", "65536"]
+
+
+def test_users(web: Container) -> None:
+    assert os.listdir(web / "user/uids") == ["0"]
+    web.start("setpriv", "--reuid=1000", "--clear-groups", "sleep", "1000")
+    web.start("setpriv", "--reuid=1000", "--clear-groups", "sh", "-c", "while :; do :; done")
+    wait_until(lambda: set(os.listdir(web / "user/uids")) == {"0", "1000"}, "they run")
+    wait_until(lambda: web.read("user/uids/1000/procs") == "2\n", "both")
+    wait_until(lambda: int(web.read("user/uids/1000/cpu")) > 0, "one computes")
+    assert web.run("cat /sys/namespaces/user/uids/1000/procs") == "2\n"
+    for name in ("01000", "-1", "x", "4294967296"):
+        with fails(errno.ENOENT):
+            os.listdir(web / f"user/uids/{name}")
+    web.write("kill", "1")
+    wait_until(lambda: os.listdir(web / "user/uids") == ["0"], "they are gone")
+
+
+def test_pid(tree: Path, web: Container) -> None:
+    web.start("sh", "-c", "sleep 1000; :")
+    wait_until(lambda: web.read("pid/tree").count("sleep") == 1, "it runs")
+    rows = web.read("pid/tree").splitlines()
+    assert [row.split()[1] for row in rows] == ["nsfs-init", "sh", "sleep"]
+    assert [len(row) - len(row.lstrip()) for row in rows] == [0, 2, 4]
+    assert rows[0].split()[0] == str(web.init)
+    inside = web.run("cat /sys/namespaces/pid/tree").splitlines()
+    assert inside[0] == "1 nsfs-init"
+    last = int(web.read("pid/last"))
+    assert 1 < last < 1000
+    web.run("true")
+    assert int(web.read("pid/last")) > last
+    assert web.run("cat /sys/namespaces/pid/last") != (tree / "pid/last").read_text()
+
+
+def test_pid_max(tree: Path, web: Container) -> None:
+    host = Path("/proc/sys/kernel/pid_max").read_text()
+    with fails(errno.EINVAL):
+        web.write("pid/max", "many")
+    with fails(errno.ERANGE):
+        web.write("pid/max", "0")
+    with fails(errno.EPERM):
+        write(tree / "pid/max", "400000")
+    try:
+        web.write("pid/max", "400000")
+    except OSError as error:
+        # Before Linux 6.14.
+        assert error.errno == errno.EOPNOTSUPP
+        assert web.read("pid/max") == host
+    else:
+        assert web.read("pid/max") == web.run("cat /proc/sys/kernel/pid_max") == "400000\n"
+    assert Path("/proc/sys/kernel/pid_max").read_text() == host
+
+
+def test_mnt(web: Container) -> None:
+    mounts = web.read("mnt/mounts")
+    assert mounts == web.run("cat /proc/1/mounts") == web.run("cat /sys/namespaces/mnt/mounts")
+    assert "fuse.namespaces" in mounts
+    (root,) = (web / "mnt/root").parent.glob("root")
+    assert sorted(os.listdir(root)) == web.run("ls -A /").split()
+    web.run("mkdir /tmp/x")
+    assert (root / "tmp/x").is_dir()
+    assert web.run("readlink /sys/namespaces/mnt/root") == "/\n"
