@@ -661,7 +661,7 @@ class Operations(pyfuse3.Operations):
         if node.entry is not self.tables.root:
             if not isinstance(node.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
-            emptied = self._fully_marked(node)
+            emptied = self._fully_marked(node) or await self._shows_nothing(node)
             if not emptied and isinstance(parent.entry, Directory) and parent.entry.remove:
                 with self._changing(parent, text, _caller(ctx)):
                     await parent.entry.remove(parent.face, text, _caller(ctx))
@@ -696,6 +696,10 @@ class Operations(pyfuse3.Operations):
         if node.path or isinstance(node.entry, TagType):
             return bool(marked) or self._files_removed(node.face)
         return bool(marked) and all(c.entry.name in marked for c in self.tables.children(node))
+
+    async def _shows_nothing(self, node: Node) -> bool:
+        """Whether it is a directory in a view that has nothing in it."""
+        return bool(node.path) and not await self._view_rows(node)
 
     @contextlib.contextmanager
     def _changing(self, directory: Node, name: str, caller: Caller) -> Iterator[None]:
