@@ -116,6 +116,8 @@ async def send_offer(container: Container, types: frozenset[str], channel: socke
             return fd
 
         if types:
+            # Before it can answer: `admit` asks who it is.
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             fds = [namespace(kind) for kind in sorted(types, key=lambda kind: CLONE_NEW[kind])]
         else:
             init = Init(container.world.store.socket_path(container.number))
@@ -141,7 +143,6 @@ def check_part(types: frozenset[str]) -> None:
 async def admit(container: Container, types: frozenset[str], channel: socket.socket) -> None:
     """Wait for a process that has joined some of the namespaces, and count it among the members."""
     channel.setblocking(False)
-    channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     with trio.socket.from_stdlib_socket(channel) as sock:
         try:
             data, control, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(_UCRED.size))

@@ -2,7 +2,8 @@
 
     unshare -m --propagation private python -m tests.bench.entry [COUNT]
 
-Prints JSON: for each way the median and the 10th and 90th percentile, in milliseconds.
+And for how long a process that is moved in place is stopped.  Prints JSON: for each way the median
+and the 10th and 90th percentile, in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from nsfs.spawner import LIBEXEC
+import trio
+
+from nsfs import entry
+from nsfs.spawner import CLONE_NEW, LIBEXEC
 from tests.integration.conftest import serving
 
 
@@ -29,12 +34,7 @@ def measure(words: list[str], count: int, env: dict[str, str]) -> dict[str, floa
         start = time.perf_counter()
         subprocess.run(words, check=True, stdin=subprocess.DEVNULL, env=env)
         found.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(found, n=10)
-    return {
-        "median_ms": round(statistics.median(found), 3),
-        "p10_ms": round(cuts[0], 3),
-        "p90_ms": round(cuts[-1], 3),
-    }
+    return summary(found)
 
 
 def libraries(program: str) -> list[str]:
@@ -73,6 +73,34 @@ def runc(directory: Path) -> tuple[list[str], Callable[[], object]] | None:
     return ["runc", "exec", name, "/bin/true"], lambda: subprocess.run(end, check=True)
 
 
+async def stopped(init: int, count: int) -> list[float]:
+    """For how long a process moved into two namespaces is stopped, in milliseconds."""
+    found = []
+    types = CLONE_NEW["net"] | CLONE_NEW["uts"]
+
+    class World:
+        """Somebody to have a tracer."""
+
+    world: Any = World()
+    for _ in range(count):
+        with subprocess.Popen(["sleep", "1000"]) as process:  # noqa: ASYNC220
+            request = entry._TRACE_REQUEST.pack(2, process.pid, os.getpid(), init, types, 0)
+            found.append(await entry.Tracer.ask(world, request, ()) / 1e3)
+            process.kill()
+    entry.Tracer.of(world).close()
+    return found
+
+
+def summary(found: list[float]) -> dict[str, float]:
+    """Median and percentiles of times in milliseconds."""
+    cuts = statistics.quantiles(found, n=10)
+    return {
+        "median_ms": round(statistics.median(found), 3),
+        "p10_ms": round(cuts[0], 3),
+        "p90_ms": round(cuts[-1], 3),
+    }
+
+
 def main() -> None:
     """Measure all."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 300
@@ -92,6 +120,7 @@ def main() -> None:
         for _ in range(2):
             for name, words in ways.items():
                 result[name] = measure(words, count, env)
+        result["in place, stopped"] = summary(trio.run(stopped, int(init), max(count // 4, 10)))
         other = runc(Path(base))
         if other:
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -13,16 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
-from nsfs import entry
 from nsfs.spawner import CLONE_NEW
 
 from .conftest import Container, wait_until
 from .terminal import terminal
-
-# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
-pytestmark = pytest.mark.slow
 
 DEADLINE_S = 20.0
 
@@ -159,127 +153,134 @@ def test_whole_where_the_ids_are_the_containers(tree: Path, web: Container) -> N
 # --- it goes on as it was ---
 
 TARGET = r"""
-import ctypes, fcntl, os, select, signal, socket, sys, threading, time
+import ctypes, os, select, signal, socket, sys, threading, time
 mode = sys.argv[1]
-def sleep(): time.sleep(1.0)
+WAIT_S = 0.5
+HALF_NS = 5 * 10**8
+lib = ctypes.CDLL(None, use_errno=True)
+errno = ctypes.get_errno
+def later(action):
+    if not os.fork():
+        time.sleep(WAIT_S)
+        action()
+        os._exit(7)
+def sleep(): time.sleep(WAIT_S)
 def absolute():
-    lib = ctypes.CDLL(None)
-    ts = (ctypes.c_long * 2)(*divmod(time.clock_gettime_ns(time.CLOCK_MONOTONIC) + 10**9, 10**9))
+    end = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + HALF_NS
+    ts = (ctypes.c_long * 2)(*divmod(end, 10**9))
     assert lib.clock_nanosleep(time.CLOCK_MONOTONIC, 1, ts, None) == 0
 def raw(): # without Python's own way of beginning again
-    lib = ctypes.CDLL(None, use_errno=True)
-    ts = (ctypes.c_long * 2)(1, 0); left = (ctypes.c_long * 2)()
-    assert lib.nanosleep(ts, left) == 0, ctypes.get_errno()
-def poll():
-    lib = ctypes.CDLL(None, use_errno=True)
-    assert lib.poll(None, 0, 1000) == 0, ctypes.get_errno()
-def select_():
-    assert select.select([], [], [], 1.0) == ([], [], [])
-def futex(): assert not threading.Lock().acquire() or True
-def condition(): assert not threading.Event().wait(1.0)
+    ts = (ctypes.c_long * 2)(0, HALF_NS); left = (ctypes.c_long * 2)()
+    assert lib.nanosleep(ts, left) == 0, errno()
+def poll(): assert lib.poll(None, 0, int(WAIT_S * 1000)) == 0, errno()
+def select_(): assert select.select([], [], [], WAIT_S) == ([], [], [])
+def condition(): assert not threading.Event().wait(WAIT_S)
 def epoll():
     e = select.epoll(); r, w = os.pipe(); e.register(r)
-    signal.signal(signal.SIGALRM, lambda *a: os.write(w, b"x"))
-    signal.setitimer(signal.ITIMER_REAL, 1)
-    lib = ctypes.CDLL(None, use_errno=True); buf = ctypes.create_string_buffer(64)
-    n = lib.epoll_wait(e.fileno(), buf, 1, -1)
-    # Only the alarm may have broken it off.
-    assert n == -1 and ctypes.get_errno() == 4 or n == 1
+    later(lambda: os.write(w, b"x"))
+    buf = ctypes.create_string_buffer(64)
+    assert lib.epoll_wait(e.fileno(), buf, 1, -1) == 1, errno()
 def compute():
-    end = time.monotonic() + 1.0; a, b = 0, 1; n = 0
+    end = time.monotonic() + WAIT_S; a, b = 0, 1; n = 0
     while time.monotonic() < end:
         for _ in range(1000):
             a, b = b, (a + b) % 1000003; n += 1
     globals()["check"] = (n, a, b)
 def read():
-    r, w = os.pipe(); pid = os.fork()
-    if not pid: time.sleep(1.0); os.write(w, b"data"); os._exit(0)
-    os.close(w)
-    lib = ctypes.CDLL(None, use_errno=True); buf = ctypes.create_string_buffer(64)
-    assert lib.read(r, buf, 64) == 4 and buf.value == b"data", ctypes.get_errno()
+    r, w = os.pipe(); later(lambda: os.write(w, b"data")); os.close(w)
+    buf = ctypes.create_string_buffer(64)
+    assert lib.read(r, buf, 64) == 4 and buf.value == b"data", errno()
+    os.close(r)
 def wait():
-    pid = os.fork()
-    if not pid: time.sleep(1.0); os._exit(7)
-    lib = ctypes.CDLL(None, use_errno=True); status = ctypes.c_int()
-    assert lib.waitpid(pid, ctypes.byref(status), 0) == pid, ctypes.get_errno()
+    later(lambda: None)
+    status = ctypes.c_int()
+    assert lib.waitpid(-1, ctypes.byref(status), 0) > 0, errno()
     assert status.value == 7 << 8
 def accept():
     s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen()
-    pid = os.fork()
-    if not pid: time.sleep(1.0); socket.create_connection(s.getsockname()); os._exit(0)
-    lib = ctypes.CDLL(None, use_errno=True)
-    assert lib.accept(s.fileno(), None, None) >= 0, ctypes.get_errno()
+    later(lambda: socket.create_connection(s.getsockname()))
+    assert lib.accept(s.fileno(), None, None) >= 0, errno()
 def timer():
     count = [0]
     def tick(*a): count[0] += 1
     signal.signal(signal.SIGALRM, tick); signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end: time.sleep(0.5)
-    assert 8 <= count[0] <= 11, count
+    # For ever, were it lost.
+    while count[0] < 5: signal.pause()
+    signal.setitimer(signal.ITIMER_REAL, 0)
 def sigwait():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    pid = os.fork()
-    if not pid: time.sleep(1.0); os.kill(os.getppid(), signal.SIGUSR1); os._exit(0)
-    lib = ctypes.CDLL(None, use_errno=True); mask = (ctypes.c_ulong * 16)(1 << 9)
-    assert lib.sigwaitinfo(mask, None) == signal.SIGUSR1, ctypes.get_errno()
+    later(lambda: os.kill(os.getppid(), signal.SIGUSR1))
+    mask = (ctypes.c_ulong * 16)(1 << 9)
+    assert lib.sigwaitinfo(mask, None) == signal.SIGUSR1, errno()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+def state():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, []), os.listdir("/proc/self/fd")
+before = state()
 print("ready", flush=True)
 start = time.monotonic()
 {"select": select_}.get(mode, globals().get(mode))()
 elapsed = time.monotonic() - start
-assert 0.95 < elapsed < 1.3, elapsed
+if mode not in ("accept", "epoll"): # which open
+    assert state() == before, (before, state())
 if mode == "compute":
     x, y = 0, 1
     for _ in range(check[0]): x, y = y, (x + y) % 1000003
     assert (x, y) == check[1:]
-print(signal.pthread_sigmask(signal.SIG_BLOCK, []) - {signal.SIGUSR1}, os.listdir("/proc/self/fd"))
+print(start, elapsed)
 """
 MODES = [
     *("sleep", "absolute", "raw", "poll", "select", "condition", "epoll", "compute"),
     *("read", "wait", "accept", "timer", "sigwait"),
 ]
+TARGET_WAITS_S = 0.5
+ATTEMPTS = 10
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_it_goes_on_unharmed(tree: Path, web: Container, mode: str) -> None:
-    command = [sys.executable, "-c", TARGET, mode]
-    alone = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert alone.returncode == 0, alone
-    with running(*command, stderr=subprocess.PIPE) as process:
-        time.sleep(0.2)
-        move(tree, process.pid, web)
-        check_moved(process.pid, web)
-        output, errors = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == 0, errors
-        # The same signal mask, the same descriptors.
-        assert output == alone.stdout.removeprefix("ready\n")
+    # Nothing ends early.  Late it is on a busy machine, too, but not each time: what began its wait
+    # anew is late by as long as it had waited before.
+    for _ in range(ATTEMPTS):
+        with running(sys.executable, "-c", TARGET, mode, stderr=subprocess.PIPE) as process:
+            time.sleep(TARGET_WAITS_S / 2)
+            moved_at = time.monotonic()
+            move(tree, process.pid, web)
+            check_moved(process.pid, web)
+            output, errors = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 0, errors
+        start, elapsed = map(float, output.split())
+        assert elapsed > TARGET_WAITS_S * 0.99
+        if elapsed < TARGET_WAITS_S + (moved_at - start) * 0.9:
+            return
+    pytest.fail(f"it began to wait anew: {elapsed} s")
 
 
 def test_signals_meanwhile_are_not_lost(tree: Path, web: Container) -> None:
     # Python's own handlers count several signals as one; what this descriptor gets does not.
     text = (
-        "import os,signal,time\n"
-        "r, w = os.pipe2(os.O_NONBLOCK)\n"
+        "import os,signal\n"
+        "r, w = os.pipe()\n"
+        "os.set_blocking(w, False)\n"
         "signal.set_wakeup_fd(w)\n"
         "signal.signal(signal.SIGRTMIN, lambda *a: None)\n"
-        "signal.signal(signal.SIGTERM, lambda *a: (\n"
-        "    print(os.read(r, 65536).count(signal.SIGRTMIN), flush=True), os._exit(5)))\n"
         "print('ready', flush=True)\n"
-        "while True: time.sleep(10)\n"
+        "n = 0\n"
+        # For ever, should one be lost.
+        "while n < 2000: n += os.read(r, 65536).count(signal.SIGRTMIN)\n"
+        "os._exit(5)\n"
     )
     with running(sys.executable, "-c", text) as process:
         child = os.fork()
         if not child:
-            for _ in range(2000):
-                os.kill(process.pid, signal.SIGRTMIN)
-                time.sleep(0.0001)
-            os._exit(0)
-        time.sleep(0.05)
+            try:
+                for _ in range(2000):
+                    os.kill(process.pid, signal.SIGRTMIN)
+                    time.sleep(0.0001)
+            finally:
+                os._exit(0)
         move(tree, process.pid, web)
         os.waitpid(child, 0)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate()[0] == "2000\n"
-        assert process.returncode == 5
+        assert process.wait(DEADLINE_S) == 5
 
 
 @pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
@@ -346,13 +347,14 @@ def test_what_cannot_be_moved(tree: Path, web: Container) -> None:
         assert "Invalid" in refused(process.pid, f"{process.pid}:net,net")
         assert "Invalid" in refused(process.pid, "4711:net")
         process.send_signal(signal.SIGSTOP)
-        time.sleep(0.1)
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: ") T" in stat.read_text(), "it is stopped")
         assert "busy" in refused(process.pid, f"{process.pid}:net")
         process.send_signal(signal.SIGCONT)
     # Its parent is in vfork(2), which nothing stops.
     text = (
         "import ctypes,os\nlib=ctypes.CDLL(None)\nprint('ready',flush=True)\n"
-        "if not lib.vfork(): lib.sleep(3); lib._exit(0)"
+        "if not lib.vfork(): lib.prctl(1, 9); lib.pause()"
     )
     with running(sys.executable, "-c", text) as process:
         assert "busy" in refused(process.pid, f"{process.pid}:net")
@@ -389,27 +391,3 @@ def test_only_whom_the_kernel_lets_trace(tree: Path, web: Container) -> None:
             assert done.returncode == 0
     finally:
         os.chmod(tree, 0o755)
-
-
-# --- for how long ---
-
-
-def test_it_is_stopped_for_less_than_a_millisecond(tree: Path, web: Container) -> None:
-    class World:
-        """Somebody to have a tracer."""
-
-    async def measure() -> list[int]:
-        world, found = World(), []
-        for _ in range(50):
-            with sleeping() as process:
-                request = entry._TRACE_REQUEST.pack(
-                    2, process.pid, os.getpid(), web.init, CLONE_NEW["net"] | CLONE_NEW["uts"], 0
-                )
-                found.append(await entry.Tracer.ask(world, request, ()))  # type: ignore[arg-type]
-                check_moved(process.pid, web)
-        entry.Tracer.of(world).close()  # type: ignore[arg-type]
-        return found
-
-    found = trio.run(measure)
-    print("stopped for", statistics.median(found), "us, at most", max(found))
-    assert statistics.median(found) < 1000
