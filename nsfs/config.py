@@ -153,6 +153,14 @@ def _rootfs(lines: list[Line]) -> str:
     return line.text if line.text == "host" else str(_path(line, line.text))
 
 
+def _paths(lines: list[Line]) -> tuple[PurePosixPath, ...]:
+    found = tuple(_path(line, line.text) for line in _rows(lines))
+    for line, path in zip(_rows(lines), found, strict=True):
+        if found.count(path) > 1:
+            raise _BadValueError(line, f"it is named twice: {line.text!r}")
+    return found
+
+
 def _types(lines: list[Line]) -> tuple[str, ...]:
     chosen: set[str] = set()
     for line in _rows(lines):
@@ -302,6 +310,13 @@ class Discovery:
 
 
 @dataclass(frozen=True)
+class Views:
+    """[views]: files of Python that each declare further views in a table, FILES."""
+
+    modules: Annotated[tuple[PurePosixPath, ...], _paths] = ()
+
+
+@dataclass(frozen=True)
 class Limits:
     """[limits]: what one user of the host may have; None for no limit. Root has none."""
 
@@ -319,6 +334,7 @@ class Config:
     log: Log = field(default_factory=Log)
     discovery: Discovery = field(default_factory=Discovery)
     limits: Limits = field(default_factory=Limits)
+    views: Views = field(default_factory=Views)
 
 
 SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
@@ -330,6 +346,7 @@ SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
         "log": Log,
         "discovery": Discovery,
         "limits": Limits,
+        "views": Views,
     }
 )
 KEYS: Mapping[str, Parser[Any]] = MappingProxyType(

@@ -78,6 +78,9 @@ class Build:
     binds_origin: Origin = HOST_ORIGIN
     network: str = "none"
     limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
+    clocks: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """The offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in its time namespace, from the host's, in
+    seconds and nanoseconds; None: those of the parent's."""
 
     @property
     def types(self) -> frozenset[str]:
@@ -99,11 +102,20 @@ class Build:
             binds_origin=Origin(*record["binds_origin"]),
             network=record["network"],
             limits=tuple((k, v) for k, v in record["limits"]),
+            clocks=clocks_from_record(record.get("clocks")),
         )
 
     def record(self) -> dict[str, Any]:
         """As JSON can have it."""
         return {name: getattr(self, name) for name in BUILD_FIELDS}
+
+
+def clocks_from_record(record: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """What JSON made of `Build.clocks`."""
+    if record is None:
+        return None
+    (s1, n1), (s2, n2) = record
+    return (s1, n1), (s2, n2)
 
 
 BUILD_FIELDS: tuple[str, ...] = tuple(Build.__dataclass_fields__)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,8 +20,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyfuse3
@@ -29,9 +30,9 @@ import trio
 import nsfs.entries
 import nsfs.views
 from nsfs import config, graft, lifecycle
-from nsfs.attribute import Entry
+from nsfs.attribute import Entry, TagType
 from nsfs.cgroup import Hierarchies
-from nsfs.container import ROOT
+from nsfs.container import ROOT, reserved
 from nsfs.fs import Operations
 from nsfs.kernlog import Router
 from nsfs.spare import Spares
@@ -48,13 +49,34 @@ END_WAIT_S = 30.0
 """How long the processes of containers that were killed at the end may take to go."""
 
 
-def tables() -> tuple[Entry, ...]:
-    """The entries of a container's directory: every table of `nsfs.entries` and `nsfs.views`."""
+def tables(further: Iterable[PurePosixPath] = ()) -> tuple[Entry, ...]:
+    """The entries of a container's directory: every table of `nsfs.entries` and `nsfs.views`, and
+    of the files that the configuration names."""
     found: list[Entry] = []
     for package in (nsfs.entries, nsfs.views):
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
             found += importlib.import_module(f"{package.__name__}.{module.name}").FILES
+    for path in further:
+        found += _views_of(path, {entry.name for entry in found})
     return tuple(found)
+
+
+def _views_of(path: PurePosixPath, taken: set[str]) -> tuple[TagType, ...]:
+    """The table of a file that the configuration names; ConfigError when it has none."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"nsfs_view_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not a file of Python: its name does not end in .py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = tuple(module.FILES)
+        for each in found:
+            if not isinstance(each, TagType) or each.name in taken or reserved(each.name):
+                raise ValueError(f"not a view of a new name: {each.name}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise config.ConfigError([f"views.modules: {path}: {reason}"]) from error
+    return found
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -141,6 +163,7 @@ class Control:
 async def run(args: argparse.Namespace, device: Device) -> None:
     """Serve until told to end; then end every container."""
     settings = config.load(Path(args.config) if args.config else None)
+    entries = tables(settings.views.modules)
     async with contextlib.AsyncExitStack() as stack:
         # Before anything grows: a fork of a big process is slow.
         spawner = await stack.enter_async_context(Spawner.running(args.dir))
@@ -153,7 +176,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         world.spawner = spawner
         world.device_numbers = graft.device_numbers(args.dir)
         world.root.group.create_top()
-        operations = Operations(world, tables(), device)
+        operations = Operations(world, entries, device)
         options = {"fsname=namespaces", "default_permissions", "allow_other"}
         pyfuse3.init(operations, device.path, options)
         # The mount is the supervisor's to take down.

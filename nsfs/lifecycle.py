@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from nsfs import idmap
+from nsfs import idmap, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import check_rootfs
 from nsfs.container import (
@@ -252,8 +252,22 @@ async def _start(container: Container, trees: Trees) -> None:
                 idmap_rootfs="user" in build.types,
                 binds=tuple(trees.binds),
                 listen_fd=listener.fileno(),
+                clocks=_clocks(build),
             )
         )
+    if _clocks(build) and not namespaces.joined_by_exec(container.init_pid):
+        raise OSError(errno.EOPNOTSUPP, "this kernel does not join a time namespace by exec")
+
+
+def _clocks(build: Build) -> str:
+    """The text of timens_offsets (time_namespaces(7)); "" when the parent's are right."""
+    if build.clocks is None or "time" not in build.types:
+        return ""
+    names = ("monotonic", "boottime")
+    return "".join(
+        f"{name} {seconds} {nanoseconds}\n"
+        for name, (seconds, nanoseconds) in zip(names, build.clocks, strict=True)
+    )
 
 
 async def rebuild(container: Container, build: Build) -> None:

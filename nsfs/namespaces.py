@@ -31,6 +31,11 @@ def identity(pid: int | str, kind: str) -> int:
     return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
 
 
+def joined_by_exec(pid: int) -> bool:
+    """Whether a process is in the time namespace that it made for its children."""
+    return identity(pid, "time") == identity(pid, "time_for_children")
+
+
 def within(pid: int, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
     """Run `work` in a process's namespaces of some types; only in a thread of its own.
 

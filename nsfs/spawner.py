@@ -47,7 +47,7 @@ _BINDS_MAX = 64
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
 _SYSCTL = 10
 # enum spawner_flag
-_ROOTFS, _IDMAP, _READ_ONLY = 1, 2, 4
+_ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS = 1, 2, 4, 8
 # enum init_op, enum init_flag, enum init_reply_op
 _EXEC, _WAIT, _PROVE = 1, 2, 3
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
@@ -84,6 +84,7 @@ STEPS = (
     "standard descriptors",
     "the working directory",
     "the terminal",
+    "the clocks",
 )
 """Words for enum step."""
 
@@ -125,6 +126,8 @@ class Recipe:
     """Where the init listens: a SOCK_SEQPACKET socket."""
     filter: bool = True
     """Whether the system-call denylist is installed."""
+    clocks: str = ""
+    """What is written to the time namespace's timens_offsets (time_namespaces(7)), if anything."""
     root_pid: int | None = None
     """Whose root filesystem is shown where there is no rootfs_fd: the host's PID of the init of the
     nearest container above that was given one; None for the parent's or the host's."""
@@ -338,6 +341,8 @@ class Spawner:
         flags = (_ROOTFS if recipe.rootfs_fd is not None else 0) | (
             _IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0
         )
+        if recipe.clocks and "time" in recipe.unshare:
+            flags |= _CLOCKS
         if len(recipe.binds) > _BINDS_MAX:
             raise OSError(errno.E2BIG, f"more than {_BINDS_MAX} binds")
         with contextlib.ExitStack() as stack:
@@ -367,7 +372,11 @@ class Spawner:
                 v1_groups=len(recipe.v1),
                 binds=len(recipe.binds),
                 read_only=sum(1 << n for n, (_, _, ro) in enumerate(recipe.binds) if ro),
-                strings=(recipe.hostname, *(target for target, _, _ in recipe.binds)),
+                strings=(
+                    recipe.hostname,
+                    *(target for target, _, _ in recipe.binds),
+                    *([recipe.clocks] if flags & _CLOCKS else []),
+                ),
                 fds=fds,
             )
         return pid

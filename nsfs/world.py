@@ -25,7 +25,6 @@ from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
 from nsfs.container import (
     BUILD_FIELDS,
-    ORIGINS,
     ROOT,
     Build,
     Container,
@@ -383,7 +382,7 @@ def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
 
     A limit that this host has no controller for is left out: nobody asked for just that one.
     """
-    chosen = {name: getattr(config.defaults, name) for name in BUILD_FIELDS if name not in ORIGINS}
+    chosen = {n: getattr(config.defaults, n) for n in BUILD_FIELDS if hasattr(config.defaults, n)}
     chosen["unshare"] = tuple(sorted(chosen["unshare"]))
     chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.can_limit(x[0]))
     return chosen

@@ -39,6 +39,7 @@ enum spawner_op {
 enum spawner_flag {
 	FLAG_ROOTFS = 1,	/* OP_MAKE: the root is the tree sent along */
 	FLAG_IDMAP = 2,		/* OP_MAKE: idmap that tree by the new user namespace */
+	FLAG_CLOCKS = 8,	/* OP_MAKE: the last string is for the time namespace's timens_offsets */
 	FLAG_READ_ONLY = 4,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
 };
 
@@ -109,6 +110,7 @@ enum step {
 	STEP_STDIO,
 	STEP_DIRECTORY,		/* a command's working directory */
 	STEP_TERMINAL,
+	STEP_CLOCKS,
 };
 
 /* --- spawner to init, by argv and descriptors --- */

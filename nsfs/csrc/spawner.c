@@ -92,7 +92,7 @@ enum { OWN_ALL = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWNS | CLONE_NEWNET | C
 struct request {
 	struct spawner_request head;
 	struct map_extent extents[2 * MAP_EXTENTS_MAX];
-	const char *strings[BINDS_MAX + 1];
+	const char *strings[BINDS_MAX + 2];
 	int fds[MESSAGE_FDS_MAX];
 	size_t fd_count;
 	/* OP_MAKE: which is which */
@@ -875,10 +875,23 @@ static int execute_init(int channel_fd)
 	return -errno;
 }
 
+/* A time namespace whose clocks are set can have no process yet: so it is made apart, and joined by exec. */
+static int set_clocks(void)
+{
+	const char *text = request.strings[1 + request.head.binds];
+
+	step = STEP_CLOCKS;
+	if (unshare(CLONE_NEWTIME))
+		return -errno;
+	return write_file(proc_fd, "self/timens_offsets", text, strlen(text));
+}
+
 static int set_up(int channel_fd)
 {
 	int result;
 
+	if (request.head.flags & FLAG_CLOCKS && (result = set_clocks()))
+		return result;
 	step = STEP_CGROUP;
 	/* "0" is who writes, and to `tasks` it moves a thread without the lock of all process creation.  What
 	 * counts are the credentials of whoever opened the file. */
@@ -1110,14 +1123,17 @@ struct nested {
 
 static int clone_container(const struct nested *nested, int cgroup_fd, int *pid_fd)
 {
+	unsigned int types;
 	int result;
 
 	step = STEP_CLONE;
 	if (nested->only_map)
 		return clone_mapped(pid_fd);
 	/* These two come later: they need a child in ID/payload, and the maps. */
-	result = clone_child(request.head.unshare & ~(unsigned int)(CLONE_NEWCGROUP | CLONE_NEWNET),
-			     cgroup_fd, pid_fd);
+	types = request.head.unshare & ~(unsigned int)(CLONE_NEWCGROUP | CLONE_NEWNET);
+	if (request.head.flags & FLAG_CLOCKS)
+		types &= ~(unsigned int)CLONE_NEWTIME;
+	result = clone_child(types, cgroup_fd, pid_fd);
 	if (!result)
 		child(nested->channel_fd, nested->spawner_end_fd);
 	return result;
@@ -1793,7 +1809,7 @@ static int parse(size_t length)
 	switch (head->op) {
 	case OP_MAKE:
 		wanted = 3 + head->v1_groups + head->binds + (head->flags & FLAG_ROOTFS ? 1 : 0);
-		if (head->strings != 1 + head->binds || request.fd_count != wanted ||
+		if (head->strings != 1 + head->binds + !!(head->flags & FLAG_CLOCKS) || request.fd_count != wanted ||
 		    head->unshare & ~(unsigned int)OWN_ALL)
 			return -EINVAL;
 		request.listen_fd = request.fds[0];

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import DEADLINE_S, Container, Instance, wait_until, write
+from tests.integration.conftest import DEADLINE_S, Container, Instance, serving, wait_until, write
 
 
 def shell(script: str) -> str:
@@ -317,3 +318,104 @@ def test_mnt(web: Container) -> None:
     web.run("mkdir /tmp/x")
     assert (root / "tmp/x").is_dir()
     assert web.run("readlink /sys/namespaces/mnt/root") == "/\n"
+
+
+SINCE_BOOT = "python3 -c 'import time; print(time.clock_gettime(time.CLOCK_BOOTTIME))'"
+
+
+def test_time(tree: Path, web: Container) -> None:
+    assert (tree / "time/boottime").read_text() == web.read("time/boottime") == "0 0\n"
+    before = float(shell(SINCE_BOOT))
+    web.write("time/boottime", "864000 500000000")
+    assert web.read("time/boottime") == "864000 500000000\n"
+    assert web.read("time/monotonic") == "0 0\n"
+    assert 864000 <= float(web.run(SINCE_BOOT)) - before < 864000 + DEADLINE_S
+    web.write("time/monotonic", "7")
+    assert web.read("time/monotonic") == "7 0\n"
+    assert web.read("time/boottime") == "864000 500000000\n"
+    # Nested ones begin with the same.
+    (web / "db").mkdir()
+    assert Container(web / "db").read("time/boottime") == "864000 500000000\n"
+    assert web.run("cat /sys/namespaces/time/boottime") == "864000 500000000\n"
+
+
+def test_time_is_set_while_idle_and_as_the_kernel_allows(tree: Path, web: Container) -> None:
+    for value, number in (
+        ("", errno.EINVAL),
+        ("soon", errno.EINVAL),
+        ("1 2 3", errno.EINVAL),
+        ("0 1000000000", errno.ERANGE),
+        ("9223372036", errno.ERANGE),
+        ("-9000000000", errno.ERANGE),
+    ):
+        with fails(number):
+            web.write("time/monotonic", value)
+    assert web.read("time/monotonic") == "0 0\n"
+    assert web.run("true") == ""
+    with fails(errno.EOPNOTSUPP):
+        write(tree / "time/monotonic", "1")
+    code, _ = web.run_code("echo 1 > /sys/namespaces/time/monotonic")
+    assert code
+    web.start("sleep", "1000")
+    wait_until(lambda: web.state()["populated"] == "1", "it runs")
+    with fails(errno.EBUSY):
+        web.write("time/monotonic", "1")
+
+
+def example() -> str:
+    """The program in the manual."""
+    page = (Path(__file__).parents[2] / "man/nsfs.5.rst").read_text()
+    section = page.split("A VIEW OF YOUR OWN\n---", 1)[1]
+    block = section.split("::\n\n", 1)[1].split("\nThe module ", 1)[0]
+    return textwrap.dedent(block)
+
+
+def with_views(base: Path, *programs: str) -> list[str]:
+    """The options for an instance with further views."""
+    for number, text in enumerate(programs):
+        (base / f"v{number}.py").write_text(text)
+    rows = "".join(f"    {base}/v{number}.py\n" for number in range(len(programs)))
+    (base / "nsfs.conf").write_text(f"[views]\nmodules =\n{rows}")
+    return ["--config", str(base / "nsfs.conf")]
+
+
+def test_the_manuals_example_adds_a_view(tmp_path: Path) -> None:
+    assert len(example().splitlines()) < 40
+    with serving(tmp_path, with_views(tmp_path, example())) as instance:
+        os.mkdir(instance.tree / "web")
+        web = Container(instance.tree / "web")
+        assert os.listdir(web / "fds") == []
+        web.start("sh", "-c", "exec 7</dev/null; exec sleep 1000")
+        (pid,) = wait_until(lambda: os.listdir(web / "fds"), "it is shown")
+        wait_until(lambda: web.read(f"fds/{pid}") == "4\n", "the shell has become sleep")
+        assert web.read("user/uid_map")
+        fd = os.open(web / f"fds/{pid}", os.O_RDONLY)
+        try:
+            os.kill(web.init, 9)
+            wait_until(lambda: not _is_there(web / f"fds/{pid}"), "the entry is gone")
+            with fails(errno.ENODEV):
+                os.pread(fd, 100, 0)
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("FILES = (", "SyntaxError"),
+        ("", "FILES"),
+        ("raise OSError(5, 'broken')", "broken"),
+        ("from nsfs.view import TagType\nFILES = (TagType('net'),)", "not a view of a new name"),
+        ("from nsfs.view import Attribute\nFILES = (Attribute('x'),)", "not a view of a new name"),
+    ],
+)
+def test_a_file_that_is_no_view_is_an_error_of_mount(
+    tmp_path: Path, program: str, reason: str
+) -> None:
+    instance = Instance(tmp_path, with_views(tmp_path, program))
+    instance.tree.mkdir()
+    options = ["--run-dir", str(instance.run_dir), "--cgroup", instance.group, *instance.options]
+    done = instance.command("mount", str(instance.tree), *options, check=False)
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert f"{tmp_path}/v0.py" in done.stderr

@@ -105,6 +105,9 @@ enabled = off
 interval_s = 0.5
 [limits]
 containers_per_user = max
+[views]
+modules =
+    /opt/views/fds.py
 """,
         "nsfs.conf",
     )
@@ -134,6 +137,7 @@ containers_per_user = max
         },
         "discovery": {"enabled": False, "interval_s": 0.5},
         "limits": {"containers_per_user": None},
+        "views": {"modules": (PurePosixPath("/opt/views/fds.py"),)},
     }
 
 
