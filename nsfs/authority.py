@@ -1,8 +1,9 @@
 """Who may do what to what, where the modes of the tree cannot say it.
 
 The permission model is the kernel's: plain owners and modes, checked by it (`default_permissions`).
-Here is only what concerns things outside of the tree: which directory of the host may become a root
-filesystem.
+Here is what concerns things outside of the tree: which IDs of the host somebody may come to run
+with, which directory of the host may become a root filesystem, how much of the host one user may
+have.
 """
 
 from __future__ import annotations
@@ -10,11 +11,128 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import trio
 
-from nsfs.attribute import Caller
-from nsfs.container import Build, Container, Face
+from nsfs import idmap
+from nsfs.attribute import Caller, Entry
+from nsfs.container import Build, Container, Face, Origin, Phase
+
+if TYPE_CHECKING:
+    from nsfs.world import World
+
+
+def may_have_ids(container: Container, viewpoint: Container, uid: int, gid: int) -> bool:
+    """Whether a user whom the modes let start something in a container may have its IDs.
+
+    The container's own IDs come with it.  Those that it shares are another container's, so that
+    one has to be the user's as well; and the host's are root's, or the user's who has just these.
+    The IDs of a viewpoint's root go with all that is in it.
+    """
+    holder = container.holder_of_ids()
+    if holder is container or uid == viewpoint.root_uid:
+        return True
+    if holder.parent is None:
+        return all(each == (each[0], uid, 1) and uid == gid for each in container.map)
+    return holder.owner_seen(viewpoint)[0] == uid
+
+
+def check_ids(face: Face, caller: Caller) -> None:
+    """EPERM when what a caller starts in a container would run with IDs that are not his.
+
+    The kernel has seen that he may write to the file.
+    """
+    if not may_have_ids(face.container, face.viewpoint, caller.uid, caller.gid):
+        raise PermissionError(
+            errno.EPERM, "it has IDs that are not the caller's", face.container.name
+        )
+
+
+def check_mode(face: Face, entry: Entry | None, number: int, caller: Caller, wanted: int) -> None:
+    """EACCES unless the modes as they are now let a caller do that (os.R_OK, os.W_OK).
+
+    The kernel asks this of every request; but what it knows of modes may be older than a chown(2)
+    that came in between, and a descriptor may have been opened before.
+    """
+    # The host's root, or that of whoever looks: CAP_DAC_OVERRIDE.
+    if caller.uid in (0, face.viewpoint.root_uid):
+        return
+    uid, gid = face.owner(entry, number)
+    mode = face.directory_mode() if entry is None else face.mode(entry, number)
+    if caller.uid == uid:
+        mode >>= 6
+    elif gid == caller.gid or gid in _groups(caller):
+        mode >>= 3
+    if wanted & ~mode:
+        name = face.container.name if entry is None else entry.name
+        raise PermissionError(errno.EACCES, "it is not the caller's now", name)
+
+
+def _groups(caller: Caller) -> set[int]:
+    """The supplementary groups of a caller: the host's IDs."""
+    try:
+        with open(f"/proc/{caller.tid}/status", encoding="utf-8", errors="replace") as file:
+            fields = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+    except OSError:
+        return set()
+    if int(fields["Uid"].split()[3]) != caller.uid:
+        # Another one by now.
+        return set()
+    return {int(word) for word in fields["Groups"].split()}
+
+
+def namespace_owner(container: Container) -> tuple[int, int]:
+    """Whom the kernel is to take for the owner of a container's user namespace: (uid, gid).
+
+    To that user it grants everything in it (user_namespaces(7)), so it is the directory's owner
+    only where he may have the IDs; else the root of the container whose IDs they are.
+    """
+    parent = container.parent
+    if parent is None or may_have_ids(container, parent, container.uid, container.gid):
+        return container.uid, container.gid
+    holder = container.holder_of_ids()
+    return holder.root_uid, holder.root_gid
+
+
+def check_number(parent: Container, caller: Caller) -> None:
+    """ENOSPC when a user has as many containers as the configuration lets one have.
+
+    The kernel answers so for its own limits of namespaces, which are a user's as well
+    (/proc/sys/user, namespaces(7)).
+    """
+    uid, _ = parent.whose(caller.uid, caller.gid, parent.world.root)
+    most = parent.world.config.limits.containers_per_user
+    if uid and most is not None and sum(1 for _ in containers_of(parent.world, uid)) >= most:
+        raise OSError(errno.ENOSPC, "the user's limit of containers", str(uid))
+
+
+def check_ranges(container: Container) -> None:
+    """ENOSPC when the user on whose account a container is has as many ranges of IDs as one may
+    have."""
+    world = container.world
+    uid, _ = container.owner_seen(world.root)
+    most = world.config.limits.ranges_per_user
+    if not uid or most is None:
+        return
+    others = (each for each in containers_of(world, uid) if each is not container)
+    if sum(1 for each in others if each.range is not None) >= most:
+        raise OSError(errno.ENOSPC, "the user's limit of ranges of IDs", str(uid))
+
+
+def containers_of(world: World, uid: int) -> Iterator[Container]:
+    """The containers on the account of a user of the host: those that show as his outside.
+
+    Those that were removed do not count, although their last processes may be on their way out.
+    """
+    for each in world.containers.values():
+        if (
+            each.parent is not None
+            and each.phase is not Phase.GONE
+            and each.owner_seen(world.root)[0] == uid
+        ):
+            yield each
 
 
 async def check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
@@ -23,7 +141,7 @@ async def check_rootfs(tree_fd: int, build: Build, container: Container) -> None
     Idmapped from uid 0, its files belong on disk to the host's users: a member that is root inside
     could leave a setuid program of the host's root there.  So the host's root may name such a tree
     only where other users of the host cannot reach it: below a directory that they cannot search.
-    Anybody else may name a tree of their own.
+    Anybody else may name a tree of their own, of which `rootfs_map` says more.
 
     The filesystem that it is on may be slow, broken, somebody's FUSE daemon or our own: a thread
     asks it.
@@ -46,12 +164,48 @@ def _check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
     if origin.uid != 0:
         if found.st_uid != origin.uid:
             raise PermissionError(errno.EPERM, "the tree belongs to somebody else", path)
+        if "user" in build.types:
+            rootfs_map(container, origin)
     elif "user" in build.types and not _hidden_from_others(path):
         raise PermissionError(
             errno.EPERM,
             "others can search every directory above it, and so run setuid programs left there",
             path,
         )
+
+
+def rootfs_map(container: Container, origin: Origin) -> idmap.Map | None:
+    """How the tree that somebody named is idmapped: (on disk, the host's ID, count); None for the
+    container's own map.
+
+    By that members get to leave files on disk that belong to others, so it is for the host's root
+    to say.  Another user's own ID is all that is mapped, to the container's root.  The root of a
+    container has its IDs on disk as well, if it was given a tree that is idmapped so: whether this
+    is one is seen when it is mapped (`check_mapped`).  EPERM for its other users, of whose IDs on
+    disk nothing is known.
+    """
+    if origin.uid == 0:
+        return None
+    if origin.viewpoint == 0:
+        return ((origin.uid, container.root_uid, 1),)
+    viewpoint = container.world.containers.get(origin.viewpoint)
+    if viewpoint is None or origin.uid != viewpoint.root_uid:
+        raise PermissionError(errno.EPERM, "only root names a tree inside", str(origin.uid))
+    if any(idmap.to_outside(viewpoint.map, i) is None for i in _ends(container.map)):
+        raise PermissionError(errno.EPERM, "its IDs on disk are not its parent's", container.name)
+    return container.map
+
+
+def _ends(table: idmap.Map) -> Iterator[int]:
+    for inside, _, count in table:
+        yield from (inside, inside + count - 1)
+
+
+def check_mapped(tree_fd: int, container: Container) -> None:
+    """EPERM when what belonged to whoever named a tree is not the container's root's, now that it
+    is idmapped: then he has another ID on disk, where it was mounted with an idmap."""
+    if os.fstat(tree_fd).st_uid != container.root_uid:
+        raise PermissionError(errno.EPERM, "the tree belongs to somebody else on disk", "rootfs")
 
 
 def _hidden_from_others(path: str) -> bool:

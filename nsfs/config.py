@@ -318,9 +318,13 @@ class Views:
 
 @dataclass(frozen=True)
 class Limits:
-    """[limits]: what one user of the host may have; None for no limit. Root has none."""
+    """[limits]: what one user of the host may have; None for no limit. Root has none.
+
+    `ranges_per_user`: of his containers, those that have a range of the host's IDs.
+    """
 
     containers_per_user: Annotated[int | None, _number_or_max(0, 10**6)] = 256
+    ranges_per_user: Annotated[int | None, _number_or_max(0, 10**6)] = 64
 
 
 @dataclass(frozen=True)

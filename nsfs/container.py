@@ -156,13 +156,14 @@ class Face:
         container = self.container
         if self.inner:
             return container.root_uid, container.root_gid
+        if entry is not None and PARENTS in entry.flags and container.parent is not None:
+            uid, gid = container.parent.owner_seen(self.viewpoint)
+        else:
+            uid, gid = container.owner_seen(self.viewpoint)
         override = container.overrides.get(number)
         if override is not None:
-            uid, gid = override[1], override[2]
-        elif entry is not None and PARENTS in entry.flags and container.parent is not None:
-            uid, gid = container.parent.uid, container.parent.gid
-        else:
-            uid, gid = container.uid, container.gid
+            uid = uid if override[1] < 0 else override[1]
+            gid = gid if override[2] < 0 else override[2]
         # What somebody outside made in a container is its root's as well, who may kill it.
         table = self.viewpoint.map
         if idmap.to_inside(table, uid) is None:
@@ -174,7 +175,9 @@ class Face:
     def mode(self, entry: Entry, number: int = 0) -> int:
         """st_mode of an entry, which has that number."""
         override = None if self.inner else self.container.overrides.get(number)
-        mode = entry.mode if override is None else stat.S_IFMT(entry.mode) | override[0]
+        mode = entry.mode
+        if override is not None and override[0] >= 0:
+            mode = stat.S_IFMT(mode) | override[0]
         if self.inner and PARENTS in entry.flags and not stat.S_ISDIR(mode):
             mode &= ~0o222
         return mode
@@ -220,7 +223,10 @@ class Container:
     mode: int = 0o755
     defaults: dict[str, Any] = field(default_factory=dict)
     overrides: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Number of an entry to mode, owner and group, where chmod(2) or chown(2) set them."""
+    """Number of an entry to mode, owner and group, where chmod(2) or chown(2) set them; -1 where
+    they did not."""
+    changes: int = 0
+    """How often chown(2) or chmod(2) changed who may do what: descriptors opened before are old."""
     phase: Phase = Phase.MAKING
     init_pid: int = 0
     map: idmap.Map = idmap.HOST
@@ -287,6 +293,38 @@ class Container:
     def holder(self, kind: str) -> Container:
         """The container whose namespace of that type it is in: itself or an ancestor."""
         return next(each for each in self.lineage() if each.own(kind))
+
+    def holder_of_ids(self) -> Container:
+        """The container whose IDs it has: those of a range or a slice are its own, all others an
+        ancestor's.  The root container stands for the host's IDs."""
+        if self.parent is None or self.range is not None:
+            return self
+        above = self.parent.holder_of_ids()
+        return self if self.slice and above.parent is not None else above
+
+    def owner_seen(self, viewpoint: Container) -> tuple[int, int]:
+        """The host IDs of its owner as a viewpoint shows it."""
+        if self.parent is None:
+            return self.uid, self.gid
+        return self.parent.whose(self.uid, self.gid, viewpoint)
+
+    def whose(self, uid: int, gid: int, viewpoint: Container) -> tuple[int, int]:
+        """Whose is what these IDs made in this container, as a viewpoint shows it.
+
+        What was made inside, by an ID that a container has to itself, is outside of that container
+        its owner's: so an owner can remove all that is below, and answers for it.
+        """
+        for each in self.lineage():
+            if each.parent is None or each is viewpoint:
+                break
+            if each.holder_of_ids() is each:
+                uid = uid if idmap.to_inside(each.map, uid) is None else each.uid
+                gid = gid if idmap.to_inside(each.map, gid) is None else each.gid
+        return uid, gid
+
+    def generation(self) -> int:
+        """A number that grows when it changes who may do what with it."""
+        return sum(each.changes for each in self.lineage())
 
     def default(self, name: str) -> Any:
         """What a child gets for a part of its construction: its own word or an ancestor's."""
@@ -375,6 +413,7 @@ class Container:
                 "request": self.request,
                 "since": self.since,
                 "nflog": self.nflog,
+                "changes": self.changes,
                 "faces": self.faces,
                 "pins": self.pins,
             },
@@ -420,6 +459,7 @@ class Container:
         self.request = record["request"]
         self.since = record["since"]
         self.nflog = tuple(record.get("nflog", ()))
+        self.changes = record.get("changes", 0)
         self.pins = [(v, p) for v, p in record["pins"]]
         self.faces = {int(k): v for k, v in record["faces"].items()}
 

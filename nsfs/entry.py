@@ -8,9 +8,9 @@ There are three ways, all of them by way of a container's `procs/`:
 * an ln(1) that links `procs/self` becomes the session program;
 * any other process that is linked is moved in place.
 
-The caller was allowed by the kernel to write to the directory; that alone lets nobody in.  Whether
-it is privileged over the container's namespaces the kernel decides when they are joined, or when
-the caller claims to be the container's root (`Init.hand_over`).
+The caller was allowed by the kernel to write to the directory.  That lets him be forked inside as
+the container's root, if he may have its IDs (`authority.check_ids`).  When he joins namespaces
+himself or is moved, it is the kernel that decides whether he is privileged over them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import trio
 
 from nsfs import cgroup, idmap, leaf, members, namespaces
 from nsfs.attribute import Caller
+from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
 from nsfs.spawner import CLONE_NEW, LIBEXEC, STEPS, Init
 from nsfs.tree import SELF
@@ -45,6 +46,7 @@ LN = frozenset(("ln", "gln"))
 MULTI_CALL = re.compile(r"(busybox|toybox|coreutils)([.-].*)?")
 
 _OFFER = struct.Struct("=iIII")
+_NO_PROOF = 0xFFFFFFFF
 _TRACE_REQUEST = struct.Struct("=IiiiII")
 _TRACE_REPLY = struct.Struct("=iIII")
 _TRACE_SESSION, _TRACE_MOVE = 1, 2
@@ -105,8 +107,20 @@ def bits(types: frozenset[str]) -> int:
 # --- sessions ---
 
 
-async def send_offer(container: Container, types: frozenset[str], channel: socket.socket) -> None:
-    """Give a session program what it takes to enter the container, or some of its namespaces."""
+async def send_offer(
+    face: Face, types: frozenset[str], caller: Caller, channel: socket.socket
+) -> None:
+    """Give a session program what it takes to enter the container, or some of its namespaces.
+
+    Whole, it is forked inside as the container's root, and brings nothing along.  So where the
+    caller may have the container's IDs, the directory's word is enough; that he is the root who may
+    have others', the init asks the kernel.
+    """
+    container = face.container
+    if not types:
+        check_ids(face, caller)
+    shared = container.holder_of_ids() is not container
+    proven = not (shared and caller.uid == face.viewpoint.root_uid)
     with contextlib.ExitStack() as stack:
 
         def namespace(kind: str) -> int:
@@ -121,17 +135,33 @@ async def send_offer(container: Container, types: frozenset[str], channel: socke
             fds = [namespace(kind) for kind in sorted(types, key=lambda kind: CLONE_NEW[kind])]
         else:
             init = Init(container.world.store.socket_path(container.number))
-            connections = [stack.enter_context(await init.hand_over()) for _ in range(2)]
-            fds = [namespace("user"), *(each.fileno() for each in connections)]
+            connections = [stack.enter_context(await init.hand_over(proven)) for _ in range(2)]
+            # Without need a user namespace is given to nobody, who could keep it for ever.
+            first = container.world.null_fd if proven else namespace("user")
+            fds = [first, *(each.fileno() for each in connections)]
         socket.send_fds(
             channel,
             [
-                _OFFER.pack(0, bits(types), container.root_uid, container.root_gid)
+                _OFFER.pack(
+                    0,
+                    bits(types),
+                    _NO_PROOF if proven else container.root_uid,
+                    _NO_PROOF if proven else container.root_gid,
+                )
                 + os.fsencode(container.name)
             ],
             fds,
             socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
         )
+
+
+async def revoke(container: Container) -> None:
+    """Take back what was given to session programs that have not begun: who may enter has
+    changed."""
+    if container.parent is None or not container.alive():
+        return
+    with contextlib.suppress(OSError):
+        await Init(container.world.store.socket_path(container.number)).revoke()
 
 
 def check_part(types: frozenset[str]) -> None:
@@ -192,7 +222,7 @@ async def enter_program(face: Face, name: str, caller: Caller) -> None:
     try:
         if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             raise OSError(errno.EINVAL, "not a channel", name)
-        await send_offer(container, types, channel)
+        await send_offer(face, types, caller, channel)
         if types:
             container.world.start(admit, container, types, channel.dup())
     finally:
@@ -345,20 +375,23 @@ async def link(face: Face, name: str, source: Face, key: int, caller: Caller) ->
         raise OSError(errno.EEXIST, "it is in the container already", name)
     if own and is_ln(caller.tid):
         check_part(types)
-        await become_session(container, types, caller)
+        await become_session(face, types, caller)
     elif own:
         await in_caller(container, types, pid, caller)
     else:
         await move(container, types, pid, caller)
 
 
-async def become_session(container: Container, types: frozenset[str], caller: Caller) -> None:
+async def become_session(face: Face, types: frozenset[str], caller: Caller) -> None:
     """Make the caller, which is an ln(1), the session program.
 
     It stops only when its link(2) is answered, which it never sees, so that is done as soon as the
     tracer has interrupted it; the kernel, too, asks for it then.  Meanwhile the session is
     prepared, and once it is a session that can fail only as one fails.
     """
+    container = face.container
+    if not types:
+        check_ids(face, caller)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = os.fsencode(container.name)[:200]
     request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
@@ -368,7 +401,7 @@ async def become_session(container: Container, types: frozenset[str], caller: Ca
             reply = Tracer.send(container.world, request, fds)
         try:
             with trio.move_on_after(OFFER_WAIT_S, shield=True) as waiting:
-                await send_offer(container, types, ours)
+                await send_offer(face, types, caller, ours)
             if waiting.cancelled_caught:
                 raise OSError(errno.EAGAIN, "the init answers nobody", container.name)
             if types:

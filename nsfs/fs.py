@@ -16,6 +16,7 @@ import logging
 import os
 import select
 import stat
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -39,9 +40,9 @@ from nsfs.attribute import (
     TagType,
     Watchers,
 )
-from nsfs.authority import check_seen_once
+from nsfs.authority import check_mode, check_seen_once
 from nsfs.container import Container, Face, Phase
-from nsfs.entry import ENTER_ATTRIBUTE, enter_program
+from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
 from nsfs.view import check_write, entry_of, lives, names_of, tag
 from nsfs.world import Processes, World, process_lives, process_of
@@ -59,7 +60,11 @@ CHILD_COOKIE = 1 << 40
 """Where the directory offsets of children begin, past those of the static entries."""
 SEARCHED_MAX = 100_000
 """How many names of a view are looked through for one that an earlier daemon gave a number."""
+CHANGED_S = 2 * TIMEOUT_S
+"""For how long after a change of owners and modes it is asked again whether they allow a request:
+an answer to the kernel that was under way at that moment may have told it the old ones."""
 NOBODY = 65534
+ACCESS = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
 LAST_COOKIE = 1 << 62
 """The directory offset of the entry that is listed last."""
 
@@ -122,11 +127,14 @@ class Value(OpenFile):
         self.entry: Attribute = node.entry  # type: ignore[assignment]
         self.caller = caller
         self.snapshot = b""
+        self.generation = 0
+        """Of the container, when it was opened to be written."""
         self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
         self.version = self.watchers.version if self.watchers else 0
         if self.entry.store is not None:
             # Authority is the opener's, also with the next daemon.
-            self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid)
+            self.generation = self.face.container.generation()
+            self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid, self.generation)
 
     async def _show(self) -> bytes:
         if self.entry.show is None:
@@ -170,6 +178,10 @@ class Value(OpenFile):
         if b"\0" in value:
             raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
         container: Container = self.face.container
+        if self.generation != container.generation():
+            # Somebody may have taken it back.
+            number = self.node.ino & NUMBER_MASK
+            check_mode(self.face, self.entry, number, self.caller, os.W_OK)
         with container.telling_why(self.entry.name):
             if self.view is not None:
                 await self._look_again()
@@ -239,6 +251,8 @@ class Operations(pyfuse3.Operations):
         # meanwhile.
         self.listed: dict[tuple[int, int], set[int]] = {}
         self._token: int = device.generation << 40
+        self.changed_at = 0.0
+        """When owners or modes last changed (CLOCK_MONOTONIC)."""
         self.bound_files = {e.bound: e for e in entries if isinstance(e, Attribute) and e.bound}
 
     # --- requests ---
@@ -450,30 +464,52 @@ class Operations(pyfuse3.Operations):
         accepted and nothing comes of them."""
         node = await self.node(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
-            self._change_owner(node, attr, fields)
+            await self._change_owner(node, attr, fields)
         if fields.update_size and isinstance(node.entry, Attribute):
             self._check_writable(node)
             if node.entry.truncate is not None:
                 node.entry.truncate(node.face, _caller(ctx))
         return self.attributes(node)
 
-    def _change_owner(self, node: Node, attr: Any, fields: Any) -> None:
+    async def _change_owner(self, node: Node, attr: Any, fields: Any) -> None:
         face, container = node.face, node.face.container
         number = node.ino & NUMBER_MASK
         if face.inner or number >= KEYED or node.entry is self.faces:
             raise PermissionError(errno.EPERM, "its owner is not to be changed", node.entry.name)
-        now = self.attributes(node)
-        mode = (attr.st_mode if fields.update_mode else now.st_mode) & 0o777
-        uid = attr.st_uid if fields.update_uid else now.st_uid
-        gid = attr.st_gid if fields.update_gid else now.st_gid
+        # What is no permission (set-user-ID, sticky) means nothing here.
+        mode = attr.st_mode & 0o777 if fields.update_mode else -1
+        uid = attr.st_uid if fields.update_uid else -1
+        gid = attr.st_gid if fields.update_gid else -1
         if node.entry is self.tables.root:
-            container.mode, container.uid, container.gid = mode, uid, gid
+            with container.telling_why("chown"):
+                await lifecycle.give(container, mode, uid, gid)
         else:
-            container.overrides[number] = (mode, uid, gid)
-        container.save()
+            old = container.overrides.get(number, (-1, -1, -1))
+            new = (mode, uid, gid)
+            merged = (was if now < 0 else now for was, now in zip(old, new, strict=True))
+            container.overrides[number] = (next(merged), next(merged), next(merged))
+            container.changes += 1
+            container.save()
+        if container.suspended():
+            # Its init answers later, and starts nothing before.
+            self.world.start(revoke, container)
+        else:
+            await revoke(container)
+        self.changed_at = time.monotonic()
+        if node.entry is self.tables.root:
+            for each in (container, *container.descendants()):
+                self.changed(each)
+            return
         for other in self.world.known_faces(container):
             if other is not face:
                 self._invalidate_inode(self.tables.of(other, node.entry).ino)
+
+    def _check_now(self, node: Node, caller: Caller, wanted: int = os.W_OK) -> None:
+        """EACCES for what the kernel let pass by what was true a moment ago."""
+        number = node.ino & NUMBER_MASK
+        if time.monotonic() - self.changed_at < CHANGED_S and number < KEYED:
+            entry = None if node.entry is self.tables.root else node.entry
+            check_mode(node.face, entry, number, caller, wanted)
 
     def changed(self, container: Container) -> None:
         """What stat(2) says of a container's files has changed, other than by stat's own."""
@@ -637,6 +673,7 @@ class Operations(pyfuse3.Operations):
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
         self._check_not_being_removed(parent.face.container, text)
+        self._check_now(parent, _caller(ctx))
         above: Container = parent.face.container
         with above.telling_why(text):
             made = await lifecycle.make(
@@ -670,6 +707,7 @@ class Operations(pyfuse3.Operations):
                 raise OSError(errno.ENOTEMPTY, "only rm -rf of the container removes it", text)
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             return
+        self._check_now(parent, _caller(ctx))
         container = node.face.container
         # A moment, when it is being rebuilt.
         await container.settled.wait()
@@ -776,6 +814,7 @@ class Operations(pyfuse3.Operations):
         if self.tables.reserved(new_name):
             raise OSError(errno.EEXIST, "the name is taken", new_name)
         self._check_not_being_removed(source.face.container, new_name)
+        self._check_now(source, _caller(ctx))
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)
 
@@ -788,6 +827,7 @@ class Operations(pyfuse3.Operations):
         name = os.fsdecode(new)
         if not isinstance(entry, Directory) or entry.link is None or not keyed:
             raise PermissionError(errno.EPERM, "only processes are linked", name)
+        self._check_now(target, _caller(ctx))
         await entry.link(target.face, name, source.face, source.key, _caller(ctx))
         attr = self.attributes(source)
         # There is no such name: what came of it is in the directory under its own.
@@ -821,6 +861,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
         """FUSE_OPEN."""
         node = await self.node(inode)
+        self._check_now(node, _caller(ctx), ACCESS[flags & os.O_ACCMODE])
         token = self._new_token()
         self.open_files[token] = self._open(node, token, flags, _caller(ctx))
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
@@ -873,6 +914,8 @@ class Operations(pyfuse3.Operations):
         if known and node.ino & NUMBER_MASK == KEYED + SELF:
             node = self._own(node, caller)
         value = Value(node, token, 0, caller, self)
+        if known:
+            value.generation = known[3]
         # What changed while there was no daemon is told, even if that was nothing.
         value.version = -1
         return value
@@ -952,6 +995,7 @@ class Operations(pyfuse3.Operations):
         entry = node.entry
         if name != ENTER_ATTRIBUTE or not isinstance(entry, Directory) or entry.link is None:
             raise OSError(errno.EOPNOTSUPP, "no such attribute", entry.name)
+        self._check_now(node, _caller(ctx))
         await enter_program(node.face, os.fsdecode(value), _caller(ctx))
 
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:

@@ -21,7 +21,14 @@ import trio
 
 from nsfs import idmap, namespaces
 from nsfs.attribute import Caller
-from nsfs.authority import check_rootfs
+from nsfs.authority import (
+    check_mapped,
+    check_number,
+    check_ranges,
+    check_rootfs,
+    namespace_owner,
+    rootfs_map,
+)
 from nsfs.container import (
     Build,
     Container,
@@ -68,6 +75,7 @@ async def make(
     if parent.suspended():
         # Its init would be suspended before it is ready.
         raise OSError(errno.EBUSY, "the parent is frozen", parent.name)
+    check_number(parent, caller)
     build = build or parent.child_build()
     spare = world.claim(parent, build, caller)
     each = spare or world.new_container(parent, build)
@@ -120,30 +128,57 @@ def _run(container: Container) -> None:
 
 def _give_ids(container: Container) -> None:
     """Choose the IDs of its user namespace; the map in the host's IDs is kept with it."""
-    parent, world, text = container.parent, container.world, container.build.idmap
+    parent, text = container.parent, container.build.idmap
     assert parent is not None
     container.range, container.slice = None, 0
     if "user" not in container.build.types:
         container.map = parent.map
         return
     if text == "auto":
-        holder = parent.holder("user")
-        if holder.parent is None:
-            container.range = world.ranges.take()
-            container.map = ((0, container.range, world.ranges.size),)
-            return
-        siblings = [c.slice for c in holder.descendants() if c.holder("user").parent is not None]
-        number = idmap.slice_for(parent.map, siblings)
-        container.slice = number or 0
-        size = _own_range(parent.map)
-        lines: idmap.Map = (
-            ((0, number * idmap.IDS, idmap.IDS),) if number else ((0, 0, min(size, idmap.IDS)),)
-        )
-    elif text == "host":
-        lines = tuple((inside, inside, count) for inside, _, count in parent.map)
+        _give_own_ids(container, parent)
+        return
+    if text == "host":
+        lines: idmap.Map = tuple((inside, inside, count) for inside, _, count in parent.map)
     else:
         lines = idmap.parse(text)
     container.map = idmap.compose(parent.map, lines)
+
+
+def _give_own_ids(container: Container, parent: Container) -> None:
+    """IDs that no other container has: of the host's, or of those of the container whose the
+    parent's are; the parent's when there are none left."""
+    world, holder = container.world, parent.holder_of_ids()
+    if holder.parent is None:
+        check_ranges(container)
+        start = world.ranges.take()
+        if _has(parent.map, start, world.ranges.size):
+            container.range = start
+            container.map = ((0, start, world.ranges.size),)
+            return
+        world.ranges.give_back(start)
+    else:
+        number = idmap.slice_for(holder.map, (each.slice for each in _slices(holder)))
+        start = idmap.to_outside(holder.map, (number or 0) * idmap.IDS) or 0
+        if number and _has(parent.map, start, idmap.IDS):
+            container.slice = number
+            container.map = ((0, start, idmap.IDS),)
+            return
+    lines = ((0, 0, min(_own_range(parent.map), idmap.IDS)),)
+    container.map = idmap.compose(parent.map, lines)
+
+
+def _slices(holder: Container) -> Iterator[Container]:
+    """The containers that may have slices of a container's IDs."""
+    for each in holder.descendants():
+        if each.parent is not None and each.parent.holder_of_ids() is holder:
+            yield each
+
+
+def _has(table: idmap.Map, start: int, count: int) -> bool:
+    """Whether all these IDs of the host are mapped, in one piece."""
+    return any(
+        outside <= start and start + count <= outside + length for _, outside, length in table
+    )
 
 
 def _own_range(table: idmap.Map) -> int:
@@ -226,6 +261,13 @@ async def _start(container: Container, trees: Trees) -> None:
     """Start the init in groups that are there; it is ready when this returns."""
     world, build, parent = container.world, container.build, container.parent
     assert parent is not None
+    owner_uid, owner_gid = namespace_owner(container)
+    disk = None
+    if trees.rootfs_fd is not None and "user" in build.types:
+        disk = rootfs_map(container, build.rootfs_origin)
+    if trees.rootfs_fd is not None and disk is not None:
+        await world.spawner.idmap(trees.rootfs_fd, disk)
+        check_mapped(trees.rootfs_fd, container)
     with _listening(world.store.socket_path(container.number)) as listener:
         container.init_pid = await world.spawner.make(
             Recipe(
@@ -241,15 +283,15 @@ async def _start(container: Container, trees: Trees) -> None:
                     ),
                     None,
                 ),
-                owner_uid=container.uid,
-                owner_gid=container.gid,
+                owner_uid=owner_uid,
+                owner_gid=owner_gid,
                 uid_map=_map_in_parent(container) if "user" in build.types else (),
                 gid_map=_map_in_parent(container) if "user" in build.types else (),
                 root_uid=container.root_uid,
                 cgroup=container.group.path,
                 v1=tuple(container.group.v1.values()),
                 rootfs_fd=trees.rootfs_fd,
-                idmap_rootfs="user" in build.types,
+                idmap_rootfs="user" in build.types and disk is None,
                 binds=tuple(trees.binds),
                 listen_fd=listener.fileno(),
                 clocks=_clocks(build),
@@ -268,6 +310,42 @@ def _clocks(build: Build) -> str:
         f"{name} {seconds} {nanoseconds}\n"
         for name, (seconds, nanoseconds) in zip(names, build.clocks, strict=True)
     )
+
+
+async def give(container: Container, mode: int, uid: int, gid: int) -> None:
+    """chmod(2) and chown(2) of its directory; -1 leaves as it is.
+
+    The kernel's owner of a user namespace is who made it, for ever.  So an idle container whose
+    owner that would not be any more is built anew.  On any error it is as it was.
+    """
+    await container.settled.wait()
+    before = container.mode, container.uid, container.gid
+    owner = _kernel_owner(container)
+    container.mode = before[0] if mode < 0 else mode
+    container.uid = before[1] if uid < 0 else uid
+    container.gid = before[2] if gid < 0 else gid
+    if (
+        container.phase is Phase.RUNNING
+        and "user" in container.build.types
+        and _kernel_owner(container) != owner
+        and not (container.children or container.populated())
+    ):
+        try:
+            await rebuild(container, container.build)
+        except BaseException:
+            container.mode, container.uid, container.gid = before
+            raise
+    container.changes += 1
+    container.save()
+
+
+def _kernel_owner(container: Container) -> int:
+    """As the spawner chooses it: one whom the parent's user namespace maps."""
+    uid, _ = namespace_owner(container)
+    parent = container.parent
+    if parent is None or idmap.to_inside(parent.map, uid) is not None:
+        return uid
+    return parent.root_uid
 
 
 async def rebuild(container: Container, build: Build) -> None:

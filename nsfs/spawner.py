@@ -45,11 +45,11 @@ _BINDS_MAX = 64
 
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
-_SYSCTL = 10
+_SYSCTL, _IDMAP_TREE = 10, 11
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS = 1, 2, 4, 8
 # enum init_op, enum init_flag, enum init_reply_op
-_EXEC, _WAIT, _PROVE = 1, 2, 3
+_EXEC, _WAIT, _PROVE, _GIVE, _REVOKE = 1, 2, 3, 5, 6
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
 _STARTED, _FAILED, _EXITED = 1, 2, 3
 
@@ -440,6 +440,14 @@ class Spawner:
         """
         return _fd(await self._call(_TREE, pid=pid, owner=(uid, gid), strings=(path,)))
 
+    async def idmap(self, tree_fd: int, table: Sequence[tuple[int, int, int]]) -> None:
+        """Idmap a detached tree: lines of (ID on disk, the host's ID, count).
+
+        EINVAL where the filesystem cannot, EPERM where it is idmapped and the kernel cannot replace
+        that.
+        """
+        await self._call(_IDMAP_TREE, maps=(table, table), fds=(tree_fd,))
+
     async def namespace(self, pid: int, kind: str) -> int:
         """A detached mount of a namespace of a process, which it holds open: a new descriptor."""
         return _fd(await self._call(_PIN, pid=pid, strings=(kind,)))
@@ -485,6 +493,8 @@ class Command:
 
 
 _PROVE_REQUEST = _INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)
+_GIVE_REQUEST = _INIT_REQUEST.pack(_GIVE, 0, 0, 0, 0, 0, 0, 0, 0)
+_REVOKE_REQUEST = _INIT_REQUEST.pack(_REVOKE, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Init:
@@ -575,9 +585,10 @@ class Init:
             raise _error(number, step)
         return os.waitstatus_to_exitcode(status)
 
-    async def hand_over(self) -> socket.socket:
-        """A connection to be given to a session program: commands are taken from it only when the
-        kernel vouches for their sender as one who may be the container's root."""
+    async def hand_over(self, proven: bool = False) -> socket.socket:
+        """A connection to be given to a session program: one command is taken from it, unless
+        `revoke` came before; without `proven` only when the kernel vouches for the sender as one
+        who may be the container's root."""
         given = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             with _short(self.socket_path) as path:
@@ -589,12 +600,19 @@ class Init:
                         await trio.sleep(0.01)
                     except (ConnectionRefusedError, FileNotFoundError) as error:
                         raise OSError(errno.ENODEV, "the container is dead") from error
-            given.send(_PROVE_REQUEST)
+            given.send(_GIVE_REQUEST if proven else _PROVE_REQUEST)
             given.setblocking(True)
         except BaseException:
             given.close()
             raise
         return given
+
+    async def revoke(self) -> None:
+        """Close the connections that were handed over and have not been used."""
+        with await self._connect() as sock, contextlib.suppress(ConnectionError):
+            await sock.sendmsg([_REVOKE_REQUEST])
+            # It closes this one as well, when it is done.
+            await sock.recv(1)
 
     async def _connect(self) -> trio.socket.SocketType:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

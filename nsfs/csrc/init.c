@@ -128,6 +128,7 @@ static bool has_char(const char *string, char wanted)
 struct connection {
 	int fd;
 	bool unproven;		/* commands only from who may be the container's root */
+	bool given;		/* to a session program */
 	bool hangup;		/* its end is the command's end of session */
 	uint64_t token;		/* 0: has not said anything yet; else waits for that command */
 };
@@ -145,6 +146,7 @@ static struct command commands[COMMANDS_MAX];
 static uint32_t ended_count;
 static bool has_cgroup_ns, own_pid_ns;
 static int signal_fd;
+static bool revoking;
 
 /* Returns 0 in the child, else its PID or -errno. */
 static long fork_into(int flags, int cgroup_fd)
@@ -583,6 +585,8 @@ static void hear(size_t index)
 	bool root;
 	long length;
 
+	if (revoking && each->given && !each->token)
+		return;
 	/* Only looked at: what follows is received by the child, together with the descriptors. */
 	length = peek(each, &request, &root);
 	if (length == -EAGAIN)
@@ -592,11 +596,18 @@ static void hear(size_t index)
 	} else if (length == sizeof(request) && !each->token && request.op == INIT_EXEC) {
 		reply_and_close(index, (struct init_reply){
 			.op = INIT_FAILED, .step = STEP_IDENTITY, .error = -EPERM });
+	} else if (length == sizeof(request) && !each->given && request.op == INIT_REVOKE) {
+		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
+		/* It is closed with the others, and so told. */
+		each->given = revoking = true;
+	} else if (length == sizeof(request) && !each->token && request.op == INIT_GIVE) {
+		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
+		each->given = true;
 	} else if (length == sizeof(request) && !each->token && request.op == INIT_PROVE) {
 		const int on = 1;
 
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
-		each->unproven = true;
+		each->unproven = each->given = true;
 		(void)CALL(setsockopt, each->fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on));
 	} else if (length == sizeof(request) && each->token && request.op == INIT_SIGNAL) {
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
@@ -618,6 +629,15 @@ static void hear(size_t index)
 			pass_signal(each, 0, true);
 		forget(index);
 	}
+}
+
+/* From the end: one that goes is replaced by the last. */
+static void close_given(void)
+{
+	revoking = false;
+	for (size_t i = connection_count; i-- > 0;)
+		if (connections[i].given && !connections[i].token)
+			forget(i);
 }
 
 /* The directory of the socket is root's alone; this is for a descriptor that strayed.  In a PID namespace of
@@ -652,6 +672,8 @@ static void serve(void)
 		for (i = count; i-- > 0;)
 			if (polled[2 + i].revents)
 				hear(i);
+		if (revoking)
+			close_given();
 		if (polled[0].revents) {
 			struct signalfd_siginfo info;
 

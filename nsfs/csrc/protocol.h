@@ -34,6 +34,8 @@ enum spawner_op {
 	/* pid, strings: a file below /proc/sys; [value to write]; unshare: the namespaces of pid that it is of;
 	 * reply: fd, from which to read what is in it.  Written as the root of pid's user namespace. */
 	OP_SYSCTL,
+	/* fds: a detached tree; extents: uid_map, gid_map, from IDs on disk to the host's: idmap it so */
+	OP_IDMAP,
 };
 
 enum spawner_flag {
@@ -140,6 +142,10 @@ enum init_op {
 	INIT_PROVE,
 	/* After INIT_WAIT: send the signal `token` to the command, or with INIT_GROUP to its process group. */
 	INIT_SIGNAL,
+	/* As INIT_PROVE, of a connection that is to be handed over to somebody who has proven himself. */
+	INIT_GIVE,
+	/* Close what was handed over and has not been used, then this connection. */
+	INIT_REVOKE,
 };
 
 enum init_flag {
@@ -199,8 +205,10 @@ struct init_reply {
 struct entry_offer {
 	int32_t error;		/* 0 or -errno */
 	uint32_t types;		/* CLONE_NEW* */
-	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root */
+	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root; ENTRY_NO_PROOF: need not be proven */
 };
+
+#define ENTRY_NO_PROOF 0xffffffffU
 
 /* --- daemon to nsfs-tracer --- */
 

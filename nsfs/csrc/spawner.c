@@ -1658,6 +1658,26 @@ static int sysctl_inside(void)
 	return result || head->strings > 1 ? result : ends[0];
 }
 
+/* Idmap a tree by the maps that came along, from the initial user namespace. */
+static int idmap_tree(int tree_fd)
+{
+	int pid_fd, fd, result;
+
+	step = STEP_CLONE;
+	if ((result = clone_mapped(&pid_fd)) < 0)
+		return result;
+	result = write_maps(result);
+	step = STEP_IDMAP;
+	if (!result) {
+		fd = open_ns(pid_of(pid_fd), "user");
+		result = fd < 0 ? fd : set_mount(tree_fd, MOUNT_ATTR_IDMAP, fd, true);
+		if (fd >= 0)
+			close(fd);
+	}
+	end(pid_fd);
+	return result;
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
@@ -1674,6 +1694,8 @@ static int act(void)
 		fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
 		(void)setfsuid(0);
 		return fd < 0 ? fd : clone_tree(fd, "");
+	case OP_IDMAP:
+		return idmap_tree(request.fds[0]);
 	case OP_PIN: {
 		char path[64];
 
@@ -1822,6 +1844,8 @@ static int parse(size_t length)
 		return 0;
 	case OP_BIND:
 		return head->strings == 1 && request.fd_count == 1 ? 0 : -EINVAL;
+	case OP_IDMAP:
+		return head->uid_extents && head->gid_extents && request.fd_count == 1 ? 0 : -EINVAL;
 	case OP_SYSCTL:
 		if (head->unshare & ~(unsigned int)(CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWPID) || !head->unshare)
 			return -EINVAL;

@@ -2,7 +2,8 @@
 
 exec    0200, one command a write: words split as a shell splits them, nothing expanded; started as
         the container's root, cwd /, no terminal, output to `output`.  A command that cannot start
-        is an error of the write (ENOENT, EACCES, ENOEXEC, ...).
+        is an error of the write (ENOENT, EACCES, ENOEXEC, ...); EPERM for who may not have the
+        container's IDs.
 output  0440: a bounded log of what those commands print; ends at EOF.
 """
 
@@ -13,6 +14,7 @@ import shlex
 import time
 
 from nsfs.attribute import NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
+from nsfs.authority import check_ids
 from nsfs.container import Face
 
 ENVIRONMENT = (
@@ -36,6 +38,7 @@ async def exec_store(face: Face, value: str, caller: Caller) -> None:
         raise invalid(value)
     container = face.container
     container.check_alive()
+    check_ids(face, caller)
     if container.suspended():
         raise OSError(errno.EBUSY, "the container is frozen", container.name)
     await container.world.execute(container, words, ENVIRONMENT)

@@ -105,6 +105,7 @@ enabled = off
 interval_s = 0.5
 [limits]
 containers_per_user = max
+ranges_per_user = 3
 [views]
 modules =
     /opt/views/fds.py
@@ -136,7 +137,7 @@ modules =
             "kernel_lines": "context",
         },
         "discovery": {"enabled": False, "interval_s": 0.5},
-        "limits": {"containers_per_user": None},
+        "limits": {"containers_per_user": None, "ranges_per_user": 3},
         "views": {"modules": (PurePosixPath("/opt/views/fds.py"),)},
     }
 
