@@ -229,7 +229,9 @@ def check_namespace(face: Face, kind: str, caller: Caller) -> None:
     if holder is face.container:
         return
     inside = face.viewpoint in holder.lineage()
-    may = {0, holder.uid} if face.viewpoint.parent is None else {face.viewpoint.root_uid}
+    may = {face.viewpoint.root_uid}
+    if face.viewpoint.parent is None:
+        may.add(holder.owner_seen(face.viewpoint)[0])
     if not inside or caller.uid not in may:
         raise PermissionError(errno.EPERM, f"its {kind} namespace is another's", holder.name)
 

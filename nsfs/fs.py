@@ -863,9 +863,14 @@ class Operations(pyfuse3.Operations):
         node = await self.node(inode)
         self._check_now(node, _caller(ctx), ACCESS[flags & os.O_ACCMODE])
         token = self._new_token()
-        self.open_files[token] = self._open(node, token, flags, _caller(ctx))
+        opened = self._open(node, token, flags, _caller(ctx))
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
-            node.entry.truncate(node.face, _caller(ctx))
+            try:
+                node.entry.truncate(node.face, _caller(ctx))
+            except OSError:
+                opened.release()
+                raise
+        self.open_files[token] = opened
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
     def _own(self, node: Node, caller: Caller) -> Node:

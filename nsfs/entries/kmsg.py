@@ -21,8 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nsfs.attribute import HIDDEN, NOT_ON_ROOT, Attribute, Caller, OpenFile
+from nsfs.authority import check_namespace
 from nsfs.container import Face
 from nsfs.logstream import DeviceReader, ProcReader, TextReader
+from nsfs.namespaces import SYSLOG
 
 
 class _LogFile(OpenFile):
@@ -122,7 +124,9 @@ def _write_host(data: bytes) -> int:
 
 
 def kmsg_truncate(face: Face, caller: Caller) -> None:
-    """Clear: what is there now is no longer shown by `kmsg` and dmesg(1)."""
+    """Clear: what is there now is no longer shown by `kmsg` and dmesg(1); EPERM when the log is
+    another container's, which is not the caller's."""
+    check_namespace(face, SYSLOG, caller)
     face.container.log.ring.clear()
     face.container.log_changed_ns = time.time_ns()
 
