@@ -62,6 +62,8 @@ RULES: dict[str, tuple[str, int, str]] = {
     "rootfs": ("parent", 0o644, "not root"),
     "stat": ("owner", 0o444, ""),
     "state": ("owner", 0o444, ""),
+    "time": ("owner", 0o755, ""),
+    "time/*": ("parent", 0o644, ""),
     "unshare": ("parent", 0o644, "not root"),
     "user": ("owner", 0o755, ""),
     "user/*": ("owner", 0o444, ""),
