@@ -102,14 +102,18 @@ class OpenFile:
 class Watchers:
     """Who is to be told once when something changes, and how often it has."""
 
-    __slots__ = ("_waiting", "version")
+    __slots__ = ("_waiting", "begin", "version")
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[], None] | None = None) -> None:
         self.version = 0
+        self.begin = begin
+        """What has to be done before anybody waits; it may tell."""
         self._waiting: dict[object, Callable[[], None]] = {}
 
     def add(self, key: object, notify: Callable[[], None]) -> None:
         """Call `notify` at the next change, instead of what the same key had added."""
+        if self.begin is not None:
+            self.begin()
         self._waiting[key] = notify
 
     def drop(self, key: object) -> None:

@@ -25,8 +25,12 @@ from signal import SIGKILL, Signals, pidfd_send_signal
 
 import trio
 
+from nsfs import cgroup1
+from nsfs.kernfs import pairs, read, walk, write
+from nsfs.limits import Limits, find, merged, to_pages
+
 CONTROLLERS = ("cpu", "memory", "pids", "io")
-V1_CONTROLLERS = ("pids", "memory", "cpu")
+V1_CONTROLLERS = ("pids", "memory", "cpu", "blkio")
 """The v1 hierarchies that each container has a group in; a limit of another is refused on such a
 host."""
 
@@ -35,49 +39,8 @@ DELEGATED_MAX = 4096
 DELEGATED_DEPTH = 12
 """How deep: with the longest names (255 bytes) such a path is one that open(2) takes."""
 
-# What cgroup v2 calls it, and the v1 hierarchy and file that carry it on a hybrid host.
-V1_FILES = {
-    "pids.max": ("pids", "pids.max"),
-    "pids.current": ("pids", "pids.current"),
-    "memory.max": ("memory", "memory.limit_in_bytes"),
-    "memory.current": ("memory", "memory.usage_in_bytes"),
-    "memory.peak": ("memory", "memory.max_usage_in_bytes"),
-}
 SIGNAL_ROUNDS = 100
 """How often, each 2 ms, to look whether all members are suspended, or gone."""
-V1_NO_LIMIT = 0x7FFFFFFFFFFFF000
-"""What v1's memory.limit_in_bytes reads when there is no limit (PAGE_COUNTER_MAX in bytes)."""
-
-
-def read_once(path: str) -> bytes:
-    """At most 4096 bytes of a file of the kernel's, by one read(2)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 4096)
-    finally:
-        os.close(fd)
-
-
-def _read(path: str) -> str:
-    # One system call fewer than open(): these are read in loops over containers.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        parts = []
-        while True:
-            part = os.read(fd, 65536)
-            parts.append(part)
-            if len(part) < 4096:
-                return b"".join(parts).decode()
-    finally:
-        os.close(fd)
-
-
-def _write(path: str, value: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value.encode())
-    finally:
-        os.close(fd)
 
 
 def _unescape(path: str) -> str:
@@ -116,19 +79,21 @@ class Hierarchies:
                 errno.ENOENT,
                 "no cgroup2 hierarchy is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup",
             )
-        known = set(_read(f"{v2}/cgroup.controllers").split())
+        known = set(read(f"{v2}/cgroup.controllers").split())
         return cls(v2, v1, frozenset(known.intersection(CONTROLLERS)))
 
-    def can_limit(self, name: str) -> bool:
-        """Whether a limit that cgroup v2 calls `name` can be set on this host."""
-        carrier = V1_FILES.get(name, ("", ""))[0]
-        return name.partition(".")[0] in self.controllers or carrier in self.v1
+    def has(self, name: str) -> bool:
+        """Whether a controller of this host has what cgroup v2 calls `name`."""
+        if name.partition(".")[0] in self.controllers:
+            return True
+        v1 = cgroup1.GET.get(name)
+        return v1 is not None and v1[0] in self.v1
 
 
 class Group:
     """One container's groups."""
 
-    __slots__ = ("hierarchies", "path", "relative", "root", "v1")
+    __slots__ = ("hierarchies", "past", "path", "relative", "root", "v1")
 
     def __init__(
         self, hierarchies: Hierarchies, relative: str, v1_relative: str, root: bool
@@ -138,6 +103,13 @@ class Group:
         self.path = f"{hierarchies.v2}/{relative}"
         self.v1 = {name: f"{top}/{v1_relative}" for name, top in hierarchies.v1.items()}
         self.root = root
+        self.past: dict[str, dict[str, int]] = {}
+        """What nested containers that are gone have counted, by file; see `inherit`."""
+
+    @classmethod
+    def host(cls, hierarchies: Hierarchies) -> Group:
+        """The roots of the hierarchies, which account the host."""
+        return cls(hierarchies, "", "", True)
 
     @classmethod
     def top(cls, hierarchies: Hierarchies, name: str) -> Group:
@@ -168,7 +140,7 @@ class Group:
     def _delegate(self, path: str) -> None:
         if self.hierarchies.controllers:
             wanted = " ".join(f"+{name}" for name in sorted(self.hierarchies.controllers))
-            _write(f"{path}/cgroup.subtree_control", wanted)
+            write(f"{path}/cgroup.subtree_control", wanted)
 
     def create(self, uid: int, gid: int) -> None:
         """Make the groups; `uid` and `gid` are the host's IDs of the container's root.
@@ -182,8 +154,8 @@ class Group:
         payload = f"{self.path}/payload"
         os.mkdir(payload)
         # What a delegate makes is ours to walk and to remove.
-        _write(f"{payload}/cgroup.max.descendants", str(DELEGATED_MAX))
-        _write(f"{payload}/cgroup.max.depth", str(DELEGATED_DEPTH))
+        write(f"{payload}/cgroup.max.descendants", str(DELEGATED_MAX))
+        write(f"{payload}/cgroup.max.depth", str(DELEGATED_DEPTH))
         os.mkdir(f"{self.path}/init")
         if uid or gid:
             os.chown(payload, uid, gid)
@@ -226,19 +198,19 @@ class Group:
         """
         path = f"{self.path}/{part}/cgroup.events" if part else f"{self.path}/cgroup.events"
         try:
-            text = _read(path)
+            text = read(path)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENODEV):
                 return {"populated": 0, "frozen": 0}
             raise
-        return {key: int(value) for key, value in (line.split() for line in text.splitlines())}
+        return pairs(text)
 
     def pids(self, part: str = "payload") -> list[int]:
         """Host PIDs of the processes of one part, those in groups that delegates made included."""
         result: list[int] = []
-        for directory in self._walk(f"{self.path}/{part}"):
+        for directory in walk(f"{self.path}/{part}"):
             try:
-                text = _read(f"{directory}/cgroup.procs")
+                text = read(f"{directory}/cgroup.procs")
             except OSError as error:
                 # EOPNOTSUPP: a threaded group; its processes are listed by the domain above it.
                 if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
@@ -248,19 +220,6 @@ class Group:
             result += [pid for pid in map(int, text.split()) if pid]
         return result
 
-    def _walk(self, path: str) -> Iterator[str]:
-        yield path
-        try:
-            # st_nlink counts the subdirectories: no listing for the usual group, which has none.
-            if os.stat(path).st_nlink <= 2:
-                return
-            with os.scandir(path) as found:
-                below = [e.path for e in found if e.is_dir(follow_symlinks=False)]
-        except FileNotFoundError:
-            return
-        for each in below:
-            yield from self._walk(each)
-
     # --- acting ---
 
     def hurry(self) -> None:
@@ -268,18 +227,23 @@ class Group:
 
         They die at their own expense: as one group of many, a thousand of them would take long.
         """
-        for path, value in (
-            (f"{self.path}/cpu.weight", "10000"),
-            (f"{self.v1.get('cpu', '')}/cpu.shares", "262144"),
-        ):
+        v1 = self.v1.get("cpu", "")
+        for path, value in ((f"{self.path}/cpu.weight", "10000"), (f"{v1}/cpu.shares", "262144")):
             with contextlib.suppress(OSError):
-                _write(path, value)
+                write(path, value)
+
+    def lift_quota(self) -> None:
+        """Likewise: a cpu.max of its own holds no more."""
+        v1 = self.v1.get("cpu", "")
+        for path, value in ((f"{self.path}/cpu.max", "max"), (f"{v1}/cpu.cfs_quota_us", "-1")):
+            with contextlib.suppress(OSError):
+                write(path, value)
 
     def kill(self, part: str = "") -> None:
         """SIGKILL to every process in it, also those being forked; a group that is gone is dead."""
         path = f"{self.path}/{part}/cgroup.kill" if part else f"{self.path}/cgroup.kill"
         try:
-            _write(path, "1")
+            write(path, "1")
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
@@ -293,7 +257,7 @@ class Group:
         """
         path = f"{self.payload}/cgroup.freeze"
         try:
-            _write(path, "1")
+            write(path, "1")
             for _ in range(SIGNAL_ROUNDS):
                 done = self.events("payload")["frozen"] or not self.events("payload")["populated"]
                 if number == SIGKILL or done:
@@ -311,7 +275,7 @@ class Group:
     def thaw_payload(self) -> None:
         """End what `signal` began."""
         with contextlib.suppress(FileNotFoundError):
-            _write(f"{self.payload}/cgroup.freeze", "0")
+            write(f"{self.payload}/cgroup.freeze", "0")
 
     def _signal_all(self, number: Signals) -> None:
         for pid in self.pids():
@@ -330,50 +294,148 @@ class Group:
 
     def freeze(self, on: bool) -> None:
         """Suspend or resume all of it, descendants included."""
-        _write(f"{self.path}/cgroup.freeze", "1" if on else "0")
+        write(f"{self.path}/cgroup.freeze", "1" if on else "0")
 
     def frozen_by_itself(self) -> bool:
         """What was last written by `freeze`, whatever the ancestors are; a group that is gone is
         not."""
         try:
-            return _read(f"{self.path}/cgroup.freeze").strip() == "1"
+            return read(f"{self.path}/cgroup.freeze").strip() == "1"
         except FileNotFoundError:
             return False
 
     # --- limits and accounting ---
 
-    def file(self, name: str) -> str:
-        """The file that carries a value which cgroup v2 calls `name`.
+    def get(self, name: str) -> str:
+        """A value in v2's form; EOPNOTSUPP when no controller of this host has it."""
+        with self._telling(name):
+            controller, _, rest = name.partition(".")
+            by_v2 = controller in self.hierarchies.controllers
+            if rest == "pressure" or (by_v2 and name != "pids.events"):
+                return read(f"{self.path}/{name}").strip()
+            if name == "cpu.stat":
+                # The usage is there without any controller.
+                extra = cgroup1.cpu_stat(self.v1) if "cpu" in self.v1 and not self.root else ""
+                return (read(f"{self.path}/{name}") + extra).strip()
+            if name in cgroup1.COUNTERS:
+                return self._format(name, self.counters(name))
+            needs, show = cgroup1.GET.get(name, ("", None))
+            if show is not None and needs in self.v1:
+                return show(self.v1)
+        raise _lacking(name)
 
-        EOPNOTSUPP when no hierarchy of this host has it.
+    def set(self, name: str, value: str, limits: Limits = ()) -> None:
+        """Set a limit, in the form that `limits.parse` gives; `limits` are the group's others.
+
+        What the kernel says to it: ENODEV for a device that is not there, EBUSY for memory that
+        cannot be reclaimed (v1).  EOPNOTSUPP when no controller of this host has it.
         """
+        with self._telling(name):
+            if name.partition(".")[0] in self.hierarchies.controllers:
+                write(f"{self.path}/{name}", value)
+            elif name == "io.max" and "blkio" in self.v1:
+                cgroup1.set_io_max(self.v1, value)
+            elif self.hierarchies.has(name) and name in cgroup1.SET:
+                cgroup1.SET[name](self.v1, merged(limits, name, value))
+            else:
+                raise _lacking(name)
+
+    def shown(self, name: str, limits: Limits) -> str:
+        """A limit as it was written, if that is what is in force: the kernel keeps less of it."""
+        now, written = self.get(name), find(limits, name)
+        if not written or now == written:
+            return now
+        by_v1 = name.partition(".")[0] not in self.hierarchies.controllers
+        if to_pages(written) == now or (by_v1 and cgroup1.same(name, written, now)):
+            return written
+        return now
+
+    def counters(self, name: str) -> dict[str, int]:
+        """The numbers of memory.events, pids.events and io.stat (by `DEVICE KEY`), those of nested
+        containers included; EOPNOTSUPP when no controller of this host has them."""
+        controller, count = cgroup1.COUNTERS[name]
+        with self._telling(name):
+            if name == "pids.events" and self._counts_forks_apart():
+                found = count({"pids": self.path})
+            elif name.partition(".")[0] in self.hierarchies.controllers:
+                return _counters(name, read(f"{self.path}/{name}"))
+            elif controller in self.v1:
+                found = count(self.v1)
+            else:
+                raise _lacking(name)
+            for key, value in self.past.get(name, {}).items():
+                found[key] = found.get(key, 0) + value
+            return found
+
+    def _counts_forks_apart(self) -> bool:
+        """Whether cgroup v2 counts rejected forks in the group of the process alone, as v1 does:
+        before Linux 6.11."""
+        events = f"{self.path}/pids.events"
+        return "pids" in self.hierarchies.controllers and not os.path.exists(f"{events}.local")
+
+    def notifying(self, name: str) -> tuple[str, ...]:
+        """Where inotify(7) tells of changes of memory.events or pids.events of this group, nested
+        ones aside on v1."""
         controller = name.partition(".")[0]
         if controller in self.hierarchies.controllers:
-            return f"{self.path}/{name}"
-        v1 = V1_FILES.get(name)
-        if v1 and v1[0] in self.v1:
-            return f"{self.v1[v1[0]]}/{v1[1]}"
-        raise OSError(errno.EOPNOTSUPP, "no controller of this host has it", name)
+            apart = name == "pids.events" and self._counts_forks_apart()
+            return (f"{self.payload}/{name}",) if apart else (f"{self.path}/{name}",)
+        return (f"{self.v1['pids']}/{name}",) if controller == "pids" and "pids" in self.v1 else ()
 
-    def get(self, name: str) -> str:
-        """Read a value, in v2's form."""
-        text = _read(self.file(name)).strip()
-        if name == "memory.max" and text.isdigit() and int(text) >= V1_NO_LIMIT:
-            return "max"
-        return text
+    def inherit(self, name: str, counters: dict[str, int]) -> None:
+        """Keep what a nested container has counted, whose groups go: the kernel forgets it."""
+        past = self.past.setdefault(name, {})
+        for key, value in counters.items():
+            if value:
+                past[key] = past.get(key, 0) + value
 
-    def set(self, name: str, value: str) -> None:
-        """Set a limit, given in v2's form."""
-        path = self.file(name)
-        if value == "max" and path.endswith("memory.limit_in_bytes"):
-            value = "-1"
-        _write(path, value)
+    def legacy(self) -> tuple[str, ...]:
+        """The files whose counts go with nested containers' groups on this host."""
+        found = [name for name, (of, _) in cgroup1.COUNTERS.items() if of in self.v1]
+        return (*found, "pids.events") if self._counts_forks_apart() else tuple(found)
+
+    @staticmethod
+    def _format(name: str, counters: dict[str, int]) -> str:
+        if name != "io.stat":
+            return "\n".join(f"{key} {value}" for key, value in counters.items())
+        devices: dict[str, list[str]] = {}
+        for key, value in counters.items():
+            device, word = key.split()
+            devices.setdefault(device, []).append(f"{word}={value}")
+        return "\n".join(f"{device} {' '.join(words)}" for device, words in devices.items())
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """EOPNOTSUPP for a file that this kernel does not have, ENODEV when the group is gone."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if os.path.exists(self.path):
+                raise _lacking(name) from error
+            raise OSError(errno.ENODEV, "its group is gone", name) from error
 
     def cpu_usec(self) -> dict[str, int]:
         """`cpu.stat`'s usage_usec, user_usec, system_usec (there without any controller)."""
-        text = _read(f"{self.path}/cpu.stat")
-        pairs = (line.split() for line in text.splitlines())
-        return {k: int(v) for k, v in pairs if k in ("usage_usec", "user_usec", "system_usec")}
+        found = pairs(read(f"{self.path}/cpu.stat"))
+        return {key: found[key] for key in ("usage_usec", "user_usec", "system_usec")}
+
+
+def _lacking(name: str) -> OSError:
+    return OSError(errno.EOPNOTSUPP, "no controller of this host has it", name)
+
+
+def _counters(name: str, text: str) -> dict[str, int]:
+    if name != "io.stat":
+        return pairs(text)
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        device, *words = line.split()
+        for word in words:
+            key, equals, value = word.partition("=")
+            # Policies of the kernel may add words of their own (cost.vrate=100.00).
+            if equals and value.isdigit():
+                found[f"{device} {key}"] = int(value)
+    return found
 
 
 def _remove_tree(path: str) -> None:
@@ -410,7 +472,7 @@ def membership(pid: int) -> str:
     """The path of a process's v2 group within the hierarchy; ProcessLookupError when it has
     ended."""
     try:
-        text = _read(f"/proc/{pid}/cgroup")
+        text = read(f"/proc/{pid}/cgroup")
     except FileNotFoundError as error:
         raise ProcessLookupError(errno.ESRCH, "no such process", str(pid)) from error
     for line in text.splitlines():

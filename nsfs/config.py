@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
-from nsfs import namespaces
+from nsfs import limits, namespaces
 
 PATH = Path("/etc/nsfs.conf")
 DEFAULT_DIR = PurePosixPath("/sys/namespaces")
@@ -186,57 +186,17 @@ def _binds(lines: list[Line]) -> tuple[tuple[str, str, str], ...]:
     return tuple(binds.values())
 
 
-def _cpu_max(line: Line, words: list[str]) -> None:
-    if len(words) > 2:
-        raise _BadValueError(line, "cpu.max takes MAX and PERIOD, in microseconds")
-    # The bounds are the kernel's: kernel/sched/core.c, tg_set_cfs_bandwidth().
-    if words[0] != "max":
-        _in_range(line, _size(line, words[0]), 1_000, 2**44)
-    if len(words) == 2:
-        _in_range(line, _size(line, words[1]), 1_000, 1_000_000)
-
-
-def _count_max(low: int, high: int, suffixes: str = "") -> Callable[[Line, list[str]], None]:
-    def check(line: Line, words: list[str]) -> None:
-        if len(words) != 1:
-            raise _BadValueError(line, f"takes one value: {line.text!r}")
-        if words[0] != "max":
-            _in_range(line, _size(line, words[0], suffixes=suffixes), low, high)
-
-    return check
-
-
-def _cpu_weight(line: Line, words: list[str]) -> None:
-    if words == ["max"]:
-        raise _BadValueError(line, "not a number: 'max'")
-    _count_max(1, 10_000)(line, words)
-
-
-# The limits of cgroup v2 that nsfs offers on every host, whichever hierarchy that runs.
-LIMITS: Mapping[str, Callable[[Line, list[str]], None]] = MappingProxyType(
-    {
-        "cpu.max": _cpu_max,
-        "cpu.weight": _cpu_weight,
-        "memory.max": _count_max(0, 2**63 - 1, "KMGT"),
-        # PID_MAX_LIMIT of 64-bit machines; a container needs one for its init.
-        "pids.max": _count_max(1, 4 * 1024 * 1024),
-    }
-)
-
-
-def _limits(lines: list[Line]) -> tuple[tuple[str, str], ...]:
-    limits: dict[str, str] = {}
+def _limits(lines: list[Line]) -> limits.Limits:
+    chosen: dict[tuple[str, str], tuple[str, str]] = {}
     for line in _rows(lines):
-        name, *words = line.text.split()
-        if name not in LIMITS:
-            raise _BadValueError(line, f"not a limit: {name!r} ({' '.join(LIMITS)})")
-        if name in limits:
+        try:
+            name, value = limits.parse_line(line.text)
+        except OSError as error:
+            raise _BadValueError(line, str(error.strerror)) from None
+        if limits.key(name, value) in chosen:
             raise _BadValueError(line, f"a second {name}")
-        if not words:
-            raise _BadValueError(line, f"{name} has no value")
-        LIMITS[name](line, words)
-        limits[name] = " ".join(words)
-    return tuple(limits.items())
+        chosen[limits.key(name, value)] = name, value
+    return tuple(chosen.values())
 
 
 # A section each; a key's annotation has, behind its type, what makes a value of lines of the file.

@@ -416,6 +416,7 @@ class Container:
                 "changes": self.changes,
                 "faces": self.faces,
                 "pins": self.pins,
+                "past": self.group.past,
             },
         )
 
@@ -461,6 +462,7 @@ class Container:
         self.nflog = tuple(record.get("nflog", ()))
         self.changes = record.get("changes", 0)
         self.pins = [(v, p) for v, p in record["pins"]]
+        self.group.past = record.get("past", {})
         self.faces = {int(k): v for k, v in record["faces"].items()}
 
 

@@ -29,7 +29,7 @@ import trio
 
 import nsfs.entries
 import nsfs.views
-from nsfs import config, graft, lifecycle
+from nsfs import cgroup1, config, graft, lifecycle
 from nsfs.attribute import Entry, TagType
 from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT, reserved
@@ -192,6 +192,8 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(_need, spawner)
             nursery.start_soon(_pass_interrupts, operations, device)
             nursery.start_soon(world.watch_events)
+            nursery.start_soon(world.notices.run)
+            nursery.start_soon(_account_disks, world)
             nursery.start_soon(router.run)
             nursery.start_soon(world.housekeeping)
             nursery.start_soon(spares.run)
@@ -204,6 +206,12 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             spares.close()
             await _end_all(world)
             nursery.cancel_scope.cancel()
+
+
+async def _account_disks(world: World) -> None:
+    path = world.root.group.v1.get("blkio")
+    if path is not None:
+        await trio.to_thread.run_sync(cgroup1.account_disks, path, abandon_on_cancel=True)
 
 
 async def _serve(operations: Operations) -> None:

@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import trio
 
-from nsfs import cgroup, idmap, leaf, members, namespaces
+from nsfs import idmap, kernfs, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
@@ -330,8 +330,8 @@ def is_ln(tid: int) -> bool:
             return True
         if not MULTI_CALL.fullmatch(exe):
             return False
-        words = [os.fsdecode(x) for x in cgroup.read_once(f"/proc/{tid}/cmdline").split(b"\0")]
-        comm = cgroup.read_once(f"/proc/{tid}/comm")
+        words = [os.fsdecode(x) for x in kernfs.read_once(f"/proc/{tid}/cmdline").split(b"\0")]
+        comm = kernfs.read_once(f"/proc/{tid}/comm")
     except OSError:
         return False
     called = os.path.basename(words[0])

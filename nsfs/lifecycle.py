@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -37,10 +37,13 @@ from nsfs.container import (
     overflow_hostname,
     reserved,
 )
+from nsfs.limits import DEVICES, find, key, merged, parse
 from nsfs.spawner import Recipe
 from nsfs.world import World
 
 log = logging.getLogger(__name__)
+
+_limiting = trio.CapacityLimiter(16)
 
 
 async def make(
@@ -105,7 +108,7 @@ async def construct(container: Container) -> None:
     container.save()
     trees = await _trees(container, container.build)
     try:
-        _make_groups(container)
+        await _make_groups(container)
         await _start(container, trees)
     finally:
         trees.close()
@@ -203,13 +206,20 @@ def _map_in_parent(container: Container) -> idmap.Map:
     return tuple(result)
 
 
-def _make_groups(container: Container) -> None:
+async def _make_groups(container: Container) -> None:
     assert container.parent is not None
     if container.parent.parent is not None:
         container.parent.group.create_sub()
     container.group.create(container.root_uid, container.root_gid)
-    for name, value in container.build.limits:
-        container.group.set(name, value)
+    limits = container.build.limits
+    for name, value in limits:
+        if name.startswith("io."):
+            # The device may not answer.
+            await trio.to_thread.run_sync(
+                container.group.set, name, value, limits, abandon_on_cancel=True
+            )
+        else:
+            container.group.set(name, value, limits)
 
 
 @contextlib.contextmanager
@@ -398,7 +408,7 @@ async def _exchange(container: Container, trees: Trees) -> None:
     await world.depopulated(container)
     await world.unpin(container)
     container.group.remove()
-    _make_groups(container)
+    await _make_groups(container)
     await _start(container, trees)
     _run(container)
     container.save()
@@ -420,6 +430,47 @@ async def _finish_rebuild(container: Container) -> None:
     finally:
         container.settled.set()
     container.world.look_at(container)
+
+
+async def limit(container: Container, name: str, value: str) -> None:
+    """Set a limit of a container that runs; it is kept with its construction.
+
+    EINVAL, ERANGE: the value; EOPNOTSUPP: no controller of this host has it; what the kernel says
+    to it.  The kernel may take long over it, as when memory has to be reclaimed: a thread waits.
+    When nobody waits for that any more, the limit holds nevertheless, as with cgroupfs itself.
+    """
+    while True:
+        while not container.settled.is_set():
+            await container.settled.wait()
+        container.check_alive()
+        group, limits = container.group, container.build.limits
+        chosen = parse(name, value)
+        now = find(limits, *key(name, chosen)) if name in DEVICES else group.shown(name, limits)
+        chosen = parse(name, value, now)
+        try:
+            await trio.to_thread.run_sync(
+                group.set, name, chosen, limits, abandon_on_cancel=True, limiter=_limiting
+            )
+        except trio.Cancelled:
+            _keep(container, name, chosen)
+            raise
+        if container.settled.is_set():
+            break
+        # It is being built anew, with what was set before.
+    _keep(container, name, chosen)
+
+
+def _keep(container: Container, name: str, value: str) -> None:
+    limits = merged(container.build.limits, name, value)
+    container.build = replace(container.build, limits=limits)
+    container.save()
+    if name == "cpu.max" and "cpu" in container.group.v1:
+        # A lesser one above is no longer, or newly is, what holds.
+        for each in container.descendants():
+            own = find(each.build.limits, name)
+            if own:
+                with contextlib.suppress(OSError):
+                    each.group.set(name, own, each.build.limits)
 
 
 def rename(parent: Container, old: str, new: str) -> Container:
@@ -480,9 +531,13 @@ def _detach(container: Container) -> None:
 def _begin_end(container: Container) -> None:
     """Kill what is in the groups and leave the rest to the background."""
     container.group.hurry()
+    doomed = [*container.descendants(), container]
+    for each in doomed:
+        if find(each.build.limits, "cpu.max"):
+            each.group.lift_quota()
     container.group.kill()
     world = container.world
-    for each in [*container.descendants(), container]:
+    for each in doomed:
         each.tell()
     world.start(finish, container)
 
@@ -494,12 +549,36 @@ async def finish(container: Container) -> None:
         while True:
             container.group.kill()
             await world.depopulated(container)
+            counted = _counted(container)
             if container.group.remove():
                 break
             await trio.sleep(0.01)
+        _leave_to_parent(container, counted)
         for each in [*container.descendants(), container]:
             await world.unpin(each)
             world.forget(each)
+
+
+def _counted(container: Container) -> dict[str, dict[str, int]]:
+    """What its parent would lose with its groups."""
+    found: dict[str, dict[str, int]] = {}
+    if container.parent is None or container.parent.parent is None:
+        return found
+    for name in container.group.legacy():
+        with contextlib.suppress(OSError):
+            found[name] = container.group.counters(name)
+            for each in container.descendants():
+                for key, value in each.group.past.get(name, {}).items():
+                    found[name][key] = found[name].get(key, 0) + value
+    return found
+
+
+def _leave_to_parent(container: Container, counted: dict[str, dict[str, int]]) -> None:
+    if any(value for counters in counted.values() for value in counters.values()):
+        assert container.parent is not None
+        for name, counters in counted.items():
+            container.parent.group.inherit(name, counters)
+        container.parent.save()
 
 
 async def resume(world: World) -> None:

@@ -7,6 +7,7 @@ executed, 127 it was not found.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from nsfs.attribute import one_line
+from nsfs.cgroup import Hierarchies
+from nsfs.limits import Limits, find, key, merged, parse
 
 LIBEXEC = Path(__file__).parent / "libexec"
 TREE = "/sys/namespaces"
@@ -97,11 +100,32 @@ def build(directory: str, args: argparse.Namespace) -> None:
         write(f"{directory}/rootfs", os.path.abspath(args.rootfs))
     if args.bind:
         write(f"{directory}/binds", "\n".join(bind_line(each) for each in args.bind))
-    for each in args.limit:
-        name, equals, value = each.partition("=")
-        if not equals or "/" in name:
-            raise ValueError(f"--limit {each}: NAME=VALUE")
-        write(f"{directory}/cgroup/{name}", value)
+    for name, value in args.limits:
+        try:
+            write(f"{directory}/cgroup/{name}", value)
+        except OSError as error:
+            raise ValueError(f"--limit {name}={value}: {error.strerror}") from None
+
+
+def parse_limits(texts: list[str]) -> Limits:
+    """NAME=VALUE each; ValueError, in one sentence, for what cannot be."""
+    found: Limits = ()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--limit {text}: not NAME=VALUE")
+        try:
+            chosen = parse(name, value)
+        except OSError as error:
+            raise ValueError(f"--limit {text}: {error.strerror}") from None
+        # Not where no hierarchy is to be seen, as inside: there the write tells.
+        with contextlib.suppress(OSError):
+            if not Hierarchies.detect().has(name):
+                raise ValueError(f"--limit {text}: no controller of this host has it")
+        if find(found, *key(name, chosen)):
+            raise ValueError(f"--limit {text}: a second {name}")
+        found = merged(found, name, chosen)
+    return found
 
 
 def wait_for(words: list[str]) -> int:
@@ -148,6 +172,7 @@ def run(argv: list[str]) -> int:
     directory = path_of(args.container)
     code = FAILED
     try:
+        args.limits = parse_limits(args.limit)
         os.mkdir(directory)
         try:
             build(directory, args)

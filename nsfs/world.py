@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from nsfs import cgroup, idmap
+from nsfs import idmap, kernfs
 from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
@@ -34,6 +34,7 @@ from nsfs.container import (
 )
 from nsfs.logring import Limit, LogRing
 from nsfs.logstream import Log
+from nsfs.notices import Notices
 from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
@@ -77,6 +78,7 @@ class World:
         self._faces: dict[tuple[int, int], Face] = {}
         self.null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.inotify = Inotify()
+        self.notices = Notices(self)
         self._empty = trio.lowlevel.ParkingLot()
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
@@ -129,6 +131,7 @@ class World:
             return
         self.store.drop(container.number)
         self.ready.drop(container.number)
+        self.notices.forget(container)
         if container.range is not None:
             self.ranges.give_back(container.range)
         for viewpoint, number in container.faces.items():
@@ -296,6 +299,7 @@ class World:
                 watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
                 container.watches.append(watch)
                 self._watched[watch] = functools.partial(self.look_at, container)
+        self.notices.started(container)
         self.started(container)
 
     def unwatch(self, container: Container) -> None:
@@ -305,7 +309,20 @@ class World:
             self._watched.pop(watch, None)
         container.watches.clear()
         self.views.ended(container)
+        self.notices.ended(container)
         self.ended(container)
+
+    def watch_file(self, path: str, tell: Callable[[], object]) -> int:
+        """Be told of changes of a file that the kernel tells of (cgroup_file_notify()); for
+        `unwatch_file`."""
+        watch = self.inotify.add(path)
+        self._watched[watch] = tell
+        return watch
+
+    def unwatch_file(self, watch: int) -> None:
+        """The inverse."""
+        self.inotify.remove(watch)
+        self._watched.pop(watch, None)
 
     async def watch_events(self) -> None:
         """Pass on what the groups' events say; for ever."""
@@ -384,7 +401,7 @@ def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
     """
     chosen = {n: getattr(config.defaults, n) for n in BUILD_FIELDS if hasattr(config.defaults, n)}
     chosen["unshare"] = tuple(sorted(chosen["unshare"]))
-    chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.can_limit(x[0]))
+    chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.has(x[0]))
     return chosen
 
 
@@ -395,7 +412,7 @@ def process_of(tid: int) -> tuple[int, int]:
     (tid, 0) when it has ended.
     """
     try:
-        status = cgroup.read_once(f"/proc/{tid}/status")
+        status = kernfs.read_once(f"/proc/{tid}/status")
         tgid = int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
         return tgid, start_time(tgid)
     except (OSError, ValueError):
@@ -428,7 +445,7 @@ class Processes:
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot."""
     # The command may contain blanks and parentheses; nothing after it does.
-    return int(cgroup.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    return int(kernfs.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
 def process_lives(process: tuple[int, int]) -> bool:

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from nsfs import idmap, lifecycle, namespaces
+from nsfs import idmap, lifecycle, limits, namespaces
 from nsfs.attribute import (
     NOT_ON_ROOT,
     PARENTS,
@@ -33,13 +33,11 @@ from nsfs.attribute import (
     invalid,
     lines,
     one_line,
-    out_of_range,
     parse_words,
     unescape,
 )
 from nsfs.container import ORIGINS, Face, Origin
-
-LIMITS = ("cpu.max", "cpu.weight", "memory.max", "pids.max")
+from nsfs.limits import Limits
 
 
 def _absolute(path: str) -> str:
@@ -111,32 +109,19 @@ def format_network(network: str) -> str:
     return f"{network}\n"
 
 
-def parse_limits(value: str) -> tuple[tuple[str, str], ...]:
+def parse_limits(value: str) -> Limits:
     """Lines NAME VALUE; whether the kernel takes a value is seen when it is given to it."""
-    result: dict[str, str] = {}
-    for line in value.splitlines():
-        name, _, text = line.strip().partition(" ")
-        words = text.split()
-        if name not in LIMITS or name in result or not words:
-            raise invalid(line)
-        if len(words) > (2 if name == "cpu.max" else 1):
-            raise invalid(line)
-        if any(word != "max" and not (word.isascii() and word.isdigit()) for word in words):
-            raise invalid(line)
-        if name == "pids.max" and words[0] != "max" and not 1 <= int(words[0]) <= 4194304:
-            raise out_of_range(line)
-        result[name] = " ".join(words)
-    return tuple(result.items())
+    return limits.parse_lines(line for line in value.splitlines() if line.strip())
 
 
-def format_limits(limits: tuple[tuple[str, str], ...]) -> str:
+def format_limits(chosen: Limits) -> str:
     """The inverse."""
-    return flat_keyed(limits)
+    return flat_keyed(chosen)
 
 
-def _check_limits(face: Face, limits: tuple[tuple[str, str], ...]) -> None:
-    for name, _ in limits:
-        if not face.world.hierarchies.can_limit(name):
+def _check_limits(face: Face, chosen: Limits) -> None:
+    for name, _ in chosen:
+        if not face.world.hierarchies.has(name):
             raise OSError(errno.EOPNOTSUPP, "no controller of this host has it", name)
 
 

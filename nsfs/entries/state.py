@@ -2,7 +2,8 @@
 
 state   flat-keyed, 0444: `populated` (1 when it or a container in it has a member besides the
         inits), `frozen`, `procs` (members, those of nested containers included, no init among
-        them), `containers` (nested in it), `reason` (why the last operation on it failed, where
+        them), `containers` (nested in it), `oom_kill` (how many processes of it were killed for
+        want of memory), `reason` (why the last operation on it failed, where
         errno says too little).  poll(2) tells of changes by POLLPRI.
 init    the PID of its init as the viewer knows it, 0444; ENODEV when it is dead.
 freeze  0 or 1, 0644: suspend or resume all of it.  What is suspended can still be killed.
@@ -12,11 +13,12 @@ kill    0200: 1 or a signal's name (TERM or SIGTERM), to every member but the in
 
 from __future__ import annotations
 
+import functools
 import signal
 
 import trio
 
-from nsfs import members
+from nsfs import members, notices
 from nsfs.attribute import (
     NOT_ON_ROOT,
     PARENTS,
@@ -45,6 +47,7 @@ def state_show(face: Face) -> str:
             ("frozen", 0 if top else container.group.events()["frozen"]),
             ("procs", members.count(container)),
             ("containers", sum(1 for _ in container.descendants())),
+            ("oom_kill", notices.oom_kills(container)),
             ("reason", container.reason or "-"),
         )
     )
@@ -52,7 +55,9 @@ def state_show(face: Face) -> str:
 
 def state_watch(face: Face) -> Watchers:
     """Where changes of the state are told."""
-    return face.container.changed
+    container = face.container
+    container.changed.begin = functools.partial(face.world.notices.begin, container)
+    return container.changed
 
 
 def init_show(face: Face) -> str:

@@ -184,6 +184,7 @@ def test_members_are_listed(web: Container) -> None:
         "frozen": "0",
         "procs": "1",
         "containers": "0",
+        "oom_kill": "0",
         "reason": "-",
     }
 

@@ -95,7 +95,7 @@ def ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]
         config=Config(),
     )
     monkeypatch.setattr("nsfs.cgroup.Group.kill", lambda self, part="": None)
-    monkeypatch.setattr("nsfs.cgroup._write", lambda path, value: None)
+    monkeypatch.setattr("nsfs.cgroup.write", lambda path, value: None)
     monkeypatch.setattr("os.chown", lambda *args: None)
     monkeypatch.setattr(World, "start", lambda self, function, *args: None)
     world.spawner = Spawner()  # type: ignore[assignment]
