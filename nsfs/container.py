@@ -78,6 +78,8 @@ class Build:
     binds_origin: Origin = HOST_ORIGIN
     network: str = "none"
     limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
+    propagation: str = "private"
+    """Whether what the host mounts later below a tree of its is seen in it: "slave", or not."""
     clocks: tuple[tuple[int, int], tuple[int, int]] | None = None
     """The offsets of CLOCK_MONOTONIC and CLOCK_BOOTTIME in its time namespace, from the host's, in
     seconds and nanoseconds; None: those of the parent's."""
@@ -102,6 +104,7 @@ class Build:
             binds_origin=Origin(*record["binds_origin"]),
             network=record["network"],
             limits=tuple((k, v) for k, v in record["limits"]),
+            propagation=record.get("propagation", "private"),
             clocks=clocks_from_record(record.get("clocks")),
         )
 
@@ -249,6 +252,8 @@ class Container:
     dying: bool = False
     settled: Event = field(default_factory=_set_event)
     """It is not being rebuilt."""
+    binding: tuple[str, ...] = ()
+    """Targets of binds that are being added while it runs."""
     pins: list[tuple[int, str]] = field(default_factory=list)
     """(viewpoint's number, path there) of what holds its namespaces open for `nsproxy/`."""
     watches: list[int] = field(default_factory=list)
@@ -414,6 +419,7 @@ class Container:
                 "since": self.since,
                 "nflog": self.nflog,
                 "changes": self.changes,
+                "binding": self.binding,
                 "faces": self.faces,
                 "pins": self.pins,
                 "past": self.group.past,
@@ -461,6 +467,7 @@ class Container:
         self.since = record["since"]
         self.nflog = tuple(record.get("nflog", ()))
         self.changes = record.get("changes", 0)
+        self.binding = tuple(record.get("binding", ()))
         self.pins = [(v, p) for v, p in record["pins"]]
         self.group.past = record.get("past", {})
         self.faces = {int(k): v for k, v in record["faces"].items()}

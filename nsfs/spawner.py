@@ -47,7 +47,7 @@ _BINDS_MAX = 64
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
 _SYSCTL, _IDMAP_TREE = 10, 11
 # enum spawner_flag
-_ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS = 1, 2, 4, 8
+_ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE = 1, 2, 4, 8, 16
 # enum init_op, enum init_flag, enum init_reply_op
 _EXEC, _WAIT, _PROVE, _GIVE, _REVOKE = 1, 2, 3, 5, 6
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
@@ -126,6 +126,8 @@ class Recipe:
     """Where the init listens: a SOCK_SEQPACKET socket."""
     filter: bool = True
     """Whether the system-call denylist is installed."""
+    slave: bool = False
+    """Whether what the host mounts later in the original of a tree is seen in it."""
     clocks: str = ""
     """What is written to the time namespace's timens_offsets (time_namespaces(7)), if anything."""
     root_pid: int | None = None
@@ -343,6 +345,8 @@ class Spawner:
         )
         if recipe.clocks and "time" in recipe.unshare:
             flags |= _CLOCKS
+        if recipe.slave:
+            flags |= _SLAVE
         if len(recipe.binds) > _BINDS_MAX:
             raise OSError(errno.E2BIG, f"more than {_BINDS_MAX} binds")
         with contextlib.ExitStack() as stack:
@@ -459,14 +463,15 @@ class Spawner:
         """
         await self._call(_PIN, pid=pid, target_pid=viewer_pid, strings=(kind, path))
 
-    async def bind(self, pid: int, target: str, tree_fd: int, read_only: bool = False) -> None:
+    async def bind(
+        self, pid: int, target: str, tree_fd: int, read_only: bool = False, slave: bool = False
+    ) -> None:
         """Attach a detached tree at an absolute path in the mount namespace of a process.
 
         The mount point is made where that is possible.
         """
-        await self._call(
-            _BIND, flags=_READ_ONLY if read_only else 0, pid=pid, strings=(target,), fds=(tree_fd,)
-        )
+        flags = (_READ_ONLY if read_only else 0) | (_SLAVE if slave else 0)
+        await self._call(_BIND, flags=flags, pid=pid, strings=(target,), fds=(tree_fd,))
 
     async def unbind(self, pid: int, target: str) -> None:
         """Detach what is mounted there; EINVAL when nothing is."""

@@ -42,6 +42,7 @@ enum spawner_flag {
 	FLAG_ROOTFS = 1,	/* OP_MAKE: the root is the tree sent along */
 	FLAG_IDMAP = 2,		/* OP_MAKE: idmap that tree by the new user namespace */
 	FLAG_CLOCKS = 8,	/* OP_MAKE: the last string is for the time namespace's timens_offsets */
+	FLAG_SLAVE = 16,	/* OP_MAKE, OP_BIND: what is mounted later in the host's original of a tree is seen in it */
 	FLAG_READ_ONLY = 4,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
 };
 

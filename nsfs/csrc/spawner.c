@@ -171,6 +171,19 @@ static int set_mount(int fd, uint64_t attributes, int userns_fd, bool recursive)
 				 &attr, sizeof(attr)));
 }
 
+static int set_propagation(int fd, uint64_t propagation)
+{
+	struct mount_attr attr = { .propagation = propagation };
+
+	return (int)call(syscall(SYS_mount_setattr, fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof(attr)));
+}
+
+/* A clone of a shared mount is its peer: what is mounted in one is seen in the other, both ways.  At most one way. */
+static int confine(int tree_fd, uint32_t flags)
+{
+	return set_propagation(tree_fd, flags & FLAG_SLAVE ? MS_SLAVE : MS_PRIVATE);
+}
+
 static int bind_path(const char *source, const char *target, unsigned long flags)
 {
 	return (int)call(syscall(SYS_mount, source, target, NULL, MS_BIND | flags, NULL));
@@ -1254,6 +1267,7 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 		step = STEP_ROOT;
 		/* Devices in a tree that somebody unpacked are not the container's to open. */
 		if ((result = set_mount(request.rootfs_fd, MOUNT_ATTR_NODEV, 0, true)) ||
+		    (result = confine(request.rootfs_fd, head->flags)) ||
 		    (result = place(request.rootfs_fd, places_fd, "root", true)))
 			return result;
 	} else if (head->target_pid ||
@@ -1298,7 +1312,8 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 		if (head->read_only >> i & 1 &&
 		    (result = set_mount(request.bind_fds[i], MOUNT_ATTR_RDONLY, 0, true)))
 			return result;
-		if ((result = place(request.bind_fds[i], places_fd, name, S_ISDIR(st.st_mode))))
+		if ((result = confine(request.bind_fds[i], head->flags)) ||
+		    (result = place(request.bind_fds[i], places_fd, name, S_ISDIR(st.st_mode))))
 			return result;
 	}
 	return 0;
@@ -1540,13 +1555,6 @@ static int attach_at(int tree_fd, const char *path)
 	return attach(tree_fd, fd, "");
 }
 
-static int set_propagation(int fd, uint64_t propagation)
-{
-	struct mount_attr attr = { .propagation = propagation };
-
-	return (int)call(syscall(SYS_mount_setattr, fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof(attr)));
-}
-
 /* Attach a tree in a container's mount namespace so that the container's root cannot take back `read-only`.
  *
  * Flags get locked when a mount propagates into the mount namespace of another user namespace.  So a shared
@@ -1593,7 +1601,7 @@ static int bind_locked(pid_t pid, int tree_fd, const char *path)
 		return -errno;
 	if (locked_fd < 0 || result)
 		return result ? result : locked_fd;
-	if ((result = set_propagation(locked_fd, MS_PRIVATE)))
+	if ((result = confine(locked_fd, request.head.flags)))
 		return result;
 	return attach_at(locked_fd, path);
 }
@@ -1711,8 +1719,10 @@ static int act(void)
 		return result;
 	}
 	case OP_BIND:
+		step = STEP_BIND;
+		if ((result = confine(request.fds[0], head->flags)))
+			return result;
 		if (head->flags & FLAG_READ_ONLY) {
-			step = STEP_BIND;
 			result = set_mount(request.fds[0], MOUNT_ATTR_RDONLY, 0, true);
 			if (result || head->pid)
 				return result ? result : bind_locked(head->pid, request.fds[0],

@@ -9,7 +9,8 @@ binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
 network  in `defaults/` only: `none` (its own, with loopback up) or `host` (the parent's)
 limits   in `defaults/` only: lines `NAME VALUE`, named as in cgroup v2
 
-Written to a container they rebuild it, which must be idle (EBUSY).  In `defaults/` they are what
+Written to a container they rebuild it, which must be idle (EBUSY); only `binds` is changed in one
+that runs.  In `defaults/` they are what
 mkdir gives to a child; what was never written there is inherited, and an empty value goes back to
 that.
 """
@@ -155,7 +156,9 @@ def _own(name: str) -> Attribute:
         container = face.container
         changes = {name: parse(value), **_origin(name, face, caller)}
         changed = dataclasses.replace(container.build, **changes)
-        if changed != container.build:
+        if changed.binds != container.build.binds:
+            await lifecycle.rebind(container, changed)
+        elif changed != container.build:
             await lifecycle.rebuild(container, changed)
 
     return Attribute(name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS)

@@ -1,15 +1,20 @@
 """`mnt/`: a mount namespace as a tagged view (mount_namespaces(7)).
 
 mounts        0444: its mounts as its init sees them, in the form of proc_pid_mounts(5)
+propagation   0644: whether what the host mounts later below a bind's source, or below `rootfs`, is
+              seen inside: `private` or `slave` (mount_namespaces(7)); written while idle, it
+              rebuilds the container
 root          a link to its root directory, for whoever the kernel lets look (ptrace(2))
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 
-from nsfs import members
-from nsfs.attribute import Attribute, Link, TagType
+from nsfs import lifecycle, members
+from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Link, TagType, invalid
 from nsfs.container import Face
 from nsfs.view import in_thread, tag
 
@@ -40,7 +45,33 @@ def root_target(face: Face) -> str:
     return f"/proc/{members.seen_pid(container.init_pid, members.level(face.viewpoint))}/root"
 
 
+def propagation_show(face: Face) -> str:
+    """`private` or `slave`; the host's own is its administrator's affair."""
+    return f"{tag(face, VIEW).build.propagation}\n"
+
+
+async def propagation_store(face: Face, value: str, caller: Caller) -> None:
+    """EINVAL for another word, EOPNOTSUPP without a mount namespace of its own."""
+    container = face.container
+    if value not in ("private", "slave"):
+        raise invalid(value)
+    if container.parent is None or not container.own("mnt"):
+        raise OSError(errno.EOPNOTSUPP, "no mount namespace of its own", container.name)
+    if value != container.build.propagation:
+        await lifecycle.rebuild(container, dataclasses.replace(container.build, propagation=value))
+
+
 VIEW = TagType(
-    "mnt", entries=(Attribute("mounts", show=mounts_show), Link("root", target=root_target))
+    "mnt",
+    entries=(
+        Attribute("mounts", show=mounts_show),
+        Attribute(
+            "propagation",
+            show=propagation_show,
+            store=propagation_store,
+            flags=PARENTS | NOT_ON_ROOT,
+        ),
+        Link("root", target=root_target),
+    ),
 )
 FILES = (VIEW,)
