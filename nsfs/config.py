@@ -247,13 +247,15 @@ class Make:
 
 @dataclass(frozen=True)
 class Log:
-    """[log]: `bytes` of each ring; records a second and at once, None for no limit.
+    """[log]: `bytes` of each ring, `bytes_max` that one may be given; records a second and at once,
+    None for no limit.
 
     `firewall_rate` is LOG lines a second, of the whole host, that the breaker lets be;
     `kernel_lines` the best way of attributing them that is tried.
     """
 
     bytes: Annotated[int, _number(4096, 2**30, suffixes="KMG")] = 256 * 1024
+    bytes_max: Annotated[int, _number(4096, 2**30, suffixes="KMG")] = 16 * 1024 * 1024
     rate: Annotated[int | None, _number_or_max(1, 10**9)] = 1000
     burst: Annotated[int | None, _number_or_max(1, 10**9)] = 5000
     firewall_log: Annotated[bool, _switch] = True

@@ -61,6 +61,28 @@ class Origin(NamedTuple):
 HOST_ORIGIN = Origin(0, 0, 0)
 
 
+class Console(NamedTuple):
+    """Where records of a container's log are echoed, those of a level below `level`."""
+
+    target: str = "none"
+    """`none`, `parent`, or the path of a terminal."""
+    level: int = 0
+    origin: Origin = HOST_ORIGIN
+    device: tuple[int, ...] = ()
+    """Of the terminal: st_dev, st_rdev, st_uid."""
+
+
+NO_CONSOLE = Console()
+
+
+class LogLimits(NamedTuple):
+    """Of a container's kernel log: bytes, records a second and at once (None: no limit)."""
+
+    bytes: int
+    rate: int | None
+    burst: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """How a container is built: what `defaults/` gives to a child and its own files can change.
@@ -244,6 +266,9 @@ class Container:
     reason: str = ""
     nflog: tuple[int, ...] = ()
     """NFLOG groups whose packets are lines of its log."""
+    console: Console = NO_CONSOLE
+    log_limits: LogLimits | None = None
+    """None: what the configuration says."""
     children: dict[str, Container] = field(default_factory=dict)
     faces: dict[int, int] = field(default_factory=dict)
     """Viewpoint's number to face's number."""
@@ -420,6 +445,8 @@ class Container:
                 "nflog": self.nflog,
                 "changes": self.changes,
                 "binding": self.binding,
+                "console": self.console,
+                "log_limits": self.log_limits,
                 "faces": self.faces,
                 "pins": self.pins,
                 "past": self.group.past,
@@ -468,6 +495,10 @@ class Container:
         self.nflog = tuple(record.get("nflog", ()))
         self.changes = record.get("changes", 0)
         self.binding = tuple(record.get("binding", ()))
+        target, level, origin, device = record.get("console", NO_CONSOLE)
+        self.console = Console(target, level, Origin(*origin), tuple(device))
+        limits = record.get("log_limits")
+        self.log_limits = LogLimits(*limits) if limits else None
         self.pins = [(v, p) for v, p in record["pins"]]
         self.group.past = record.get("past", {})
         self.faces = {int(k): v for k, v in record["faces"].items()}

@@ -607,6 +607,8 @@ class Router:
             flags=CONT if record.continued else 0,
             usec=usec,
             token=TOKEN | record.seq,
+            # What stays with the host is in its log already.
+            limited=holder is not self.world.root,
         )
         holder.log_changed_ns = time.time_ns()
         # One store, after what it says is so.

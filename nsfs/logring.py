@@ -10,6 +10,7 @@ Layout, in words of eight bytes, native order:
     0       MAGIC, written last when a buffer is made into a ring
     1       size of the data in bytes
     2       generation g
+    3       records that the console did not take
     8..35   state (see `HEAD` and what follows), the valid one where g is even
     36..63  state, the valid one where g is odd
     64..    data: records back to back, running over the end to the beginning
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 CONT = 8
 """The flag of a record that is a fragment of a line (the kernel's LOG_CONT): `c` instead of `-`."""
 
+ECHO = 16
+"""The flag of a record that was echoed from a nested container's log: its text has a tag.
+
+Ours, not the kernel's: members can write a text that looks like it, but not the flag.
+"""
+
 TEXT_MAX = 1023
 """Bytes of text in a record; the kernel formats into PRINTKRB_RECORD_MAX with a NUL at the end."""
 
@@ -59,17 +66,18 @@ HEADER_BYTES = 512
 MIN_BYTES = HEADER_BYTES + 256
 """The smallest buffer that can be a ring."""
 
-_MAGIC, _SIZE, _GENERATION = range(3)
+_MAGIC, _SIZE, _GENERATION, _CONSOLE_DROPPED = range(4)
 _COPIES = (8, 36)
 
 # The state.  HEAD and TAIL count bytes since the ring was made: a full ring is not an empty one.
-# BUCKETS begins two times three words of rate limiting: begin of the interval, left, missed.
+# BUCKETS begins three times three words of rate limiting: begin of the interval, left, missed.
 (
     HEAD, TAIL, NEXT, FIRST, CLEAR, CONSOLE, SYSLOG, PARTIAL, WAS_SYSLOG, WAS_PARTIAL, SYSLOG_TOKEN,
     KEPT, KEPT_BYTES, OVERWRITTEN, OVERWRITTEN_BYTES, SUPPRESSED, SUPPRESSED_BYTES,
     CONSOLE_LEVEL, SAVED_LEVEL, BUCKETS,
 ) = range(20)  # fmt: skip
-_WORDS = BUCKETS + 6
+_BUCKET_KERN, _BUCKET_USER, _BUCKET_ECHO = (BUCKETS + 3 * n for n in range(3))
+_WORDS = BUCKETS + 9
 
 # seq, usec, token, bytes of text, bytes of dictionary, facility << 3 | level, flags
 _RECORD = struct.Struct("QQQHHHH")
@@ -149,7 +157,8 @@ class LogRing:
     """The ring in `buffer`: zeroed memory becomes a new one, an old one is checked and continued.
 
     `clock` gives microseconds; `limit` None lets everything in.  Records of facility 0 have a limit
-    of their own, so that no process can crowd out what the kernel says.
+    of their own, so that no process can crowd out what the kernel says, and so have those that are
+    echoed from nested containers (ECHO).
 
     ValueError: the buffer is too small, was made into a ring with another size, or is no ring.
     """
@@ -168,7 +177,6 @@ class LogRing:
         self._size = len(self._words) * 8 - HEADER_BYTES
         self._clock = clock
         self._limit = limit
-        self._interval_usec = limit.interval_usec if limit else 0
         self._state = array("Q", bytes(_WORDS * 8))
         # Where each record begins in the data, the first of them that of record _base.
         self._positions = array("I")
@@ -192,6 +200,11 @@ class LogRing:
     def size(self) -> int:
         """Bytes that records and their headers (32 bytes each) can take."""
         return self._size
+
+    @property
+    def buffer_size(self) -> int:
+        """Bytes of the whole buffer."""
+        return len(self._buffer)
 
     @property
     def first_seq(self) -> int:
@@ -222,6 +235,11 @@ class LogRing:
     def counters(self) -> Counters:
         """What was kept and what was dropped."""
         return Counters(*self._state[KEPT : SUPPRESSED_BYTES + 1])
+
+    @property
+    def console_dropped(self) -> int:
+        """Records that were to be echoed to the console, which did not take them."""
+        return self._words[_CONSOLE_DROPPED]
 
     def readable(self, seq: int) -> bool:
         """Whether there is a record `seq` or a later one (prb_read_valid())."""
@@ -261,19 +279,22 @@ class LogRing:
         dictionary: Iterable[bytes] = (),
         usec: int | None = None,
         token: int = 0,
+        limited: bool = True,
     ) -> int | None:
         """Add a record and return its number, or None when the limit does not let it in.
 
-        `text` is cut to TEXT_MAX.  `token` names the request that wants it: the same token as the
-        newest record's is the same request, asked again because its answer was lost, and adds
-        nothing.
+        `text` is cut to TEXT_MAX.  Where `limited` is false the limit does not matter.  `token`
+        names the request that wants it: the same token as the newest record's is the same request,
+        asked again because its answer was lost, and adds nothing.
         """
         if token and token == self._newest_token:
             return self._state[NEXT] - 1
         now = self._clock()
         text = text[:TEXT_MAX]
-        if self._limit and not self._let_in(LOG_USER if facility else LOG_KERN, now, len(text)):
-            return None
+        if limited and self._limit:
+            bucket = _BUCKET_USER if facility else _BUCKET_KERN
+            if not self._let_in(_BUCKET_ECHO if flags & ECHO else bucket, now, len(text)):
+                return None
         return self._add(
             text,
             (facility & 0xFF) << 3 | level & 7,
@@ -291,8 +312,8 @@ class LogRing:
         """
         now = self._clock()
         before = self._state[NEXT]
-        for bucket in (LOG_KERN, LOG_USER):
-            self._renew(BUCKETS + 3 * bucket, now)
+        for bucket in (_BUCKET_KERN, _BUCKET_USER, _BUCKET_ECHO):
+            self._renew(bucket, now)
         return self._state[NEXT] - 1 if self._state[NEXT] > before else None
 
     def clear(self) -> None:
@@ -307,6 +328,17 @@ class LogRing:
     def set_console_seq(self, seq: int) -> None:
         """Remember that the records before `seq` were echoed."""
         self._state[CONSOLE] = seq
+        self._commit()
+
+    def count_console_dropped(self, count: int) -> None:
+        """Records were to be echoed to the console, which did not take them."""
+        self._put_word(_CONSOLE_DROPPED, self._words[_CONSOLE_DROPPED] + count)
+
+    def set_limit(self, limit: Limit | None) -> None:
+        """Let in as much as that from now on: another interval begins."""
+        self._limit = limit
+        for bucket in (_BUCKET_KERN, _BUCKET_USER, _BUCKET_ECHO):
+            self._state[bucket] = 0
         self._commit()
 
     def set_console_level(self, level: int) -> None:
@@ -370,6 +402,7 @@ class LogRing:
             ring._store(state[HEAD], self._load(self._positions[seq - self._base], length))
             state[HEAD] += length
         ring._newest_token = self._newest_token
+        ring._put_word(_CONSOLE_DROPPED, self.console_dropped)
         ring._commit()
         return ring
 
@@ -456,8 +489,7 @@ class LogRing:
         text, dictionary = _LENGTHS.unpack_from(self._buffer, HEADER_BYTES + at)
         return _padded(_RECORD.size + text + dictionary), text
 
-    def _let_in(self, bucket: int, now: int, length: int) -> bool:
-        at = BUCKETS + 3 * bucket
+    def _let_in(self, at: int, now: int, length: int) -> bool:
         state = self._state
         self._renew(at, now)
         if state[at + 1]:
@@ -475,7 +507,8 @@ class LogRing:
         In the words of ratelimit_state_exit() for /dev/kmsg, once an interval as ___ratelimit().
         """
         state = self._state
-        if 0 < state[at] <= now <= state[at] + self._interval_usec:
+        interval_usec = self._limit.interval_usec if self._limit else 0
+        if 0 < state[at] <= now <= state[at] + interval_usec:
             return
         state[at], state[at + 1] = now, self._limit.burst if self._limit else 0
         missed, state[at + 2] = state[at + 2], 0
@@ -575,7 +608,8 @@ def parse_write(data: bytes, default_level: int = DEFAULT_LEVEL) -> Written:
     return Written(level, facility, text.removesuffix(b"\n"))
 
 
-def _escape(text: bytes) -> bytes:
+def escape(text: bytes) -> bytes:
+    """As msg_add_ext_text() does: what is not printable ASCII, and backslashes, as \\xHH."""
     if not _UNPRINTABLE.search(text):
         return text
     return _UNPRINTABLE.sub(lambda found: _ESCAPES[found[0]], text)
@@ -587,7 +621,7 @@ def _first_line(record: Record) -> bytes:
         record.seq,
         record.usec,
         b"c" if record.flags & CONT else b"-",
-        _escape(record.text),
+        escape(record.text),
     )
 
 
@@ -614,7 +648,7 @@ def format_kmsg(record: Record) -> bytes:
     data = _first_line(record)
     for line in record.dictionary:
         if line.partition(b"=")[2]:
-            data += b" %s\n" % _escape(line)
+            data += b" %s\n" % escape(line)
     if len(data) <= FORMATTED_MAX:
         return data
     # scnprintf() keeps a byte for its NUL, append_char() does not.

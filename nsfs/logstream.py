@@ -24,6 +24,7 @@ import errno
 import os
 import select
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import trio
 
@@ -62,6 +63,16 @@ def _error(number: int, what: str) -> OSError:
     return OSError(number, os.strerror(number), what)
 
 
+class Echo(Protocol):
+    """What echoes a log's records to a console."""
+
+    def flush(self) -> None:
+        """There is a new record; must not raise."""
+
+    def close(self) -> None:
+        """The log is no more."""
+
+
 class Log:
     """A ring and those who wait for its next record."""
 
@@ -69,6 +80,8 @@ class Log:
         self.ring = ring
         self._parked = trio.lowlevel.ParkingLot()
         self._pollers: dict[object, Callable[[], None]] = {}
+        self.echo: Echo | None = None
+        """What echoes its records to a console."""
 
     def append(
         self,
@@ -80,6 +93,7 @@ class Log:
         dictionary: Iterable[bytes] = (),
         usec: int | None = None,
         token: int = 0,
+        limited: bool = True,
     ) -> int | None:
         """Add a record as LogRing.append() does, and wake who waits."""
         before = self.ring.next_seq
@@ -91,6 +105,7 @@ class Log:
             dictionary=dictionary,
             usec=usec,
             token=token,
+            limited=limited,
         )
         if self.ring.next_seq != before:
             self._wake()
@@ -131,6 +146,8 @@ class Log:
             pollers, self._pollers = self._pollers, {}
             for callback in pollers.values():
                 callback()
+        if self.echo:
+            self.echo.flush()
 
 
 class DeviceReader:
@@ -161,8 +178,8 @@ class DeviceReader:
         the oldest; EINVAL: it is longer than `size`, and the kernel has consumed it all the same.
         """
         self._seek_to(offset, token)
-        ring = self.log.ring
-        while (found := ring.read(self._seq)) is None:
+        # The ring may become another one of another size meanwhile.
+        while (found := self.log.ring.read(self._seq)) is None:
             if nonblock:
                 raise _error(errno.EAGAIN, "kmsg")
             await self.log.wait_past(self._seq)
@@ -414,10 +431,10 @@ async def _syslog_read(log: Log, size: int, token: int) -> bytes:
     """syslog_print(): wait, then take whole records, or a part of the first if it does not fit."""
     if size <= 0:
         return b""
-    ring = log.ring
-    while not ring.readable(ring.syslog_position(token)[0]):
+    while not log.ring.readable(log.ring.syslog_position(token)[0]):
         # Another reader may have been quicker.
-        await log.wait_past(ring.syslog_position(token)[0])
+        await log.wait_past(log.ring.syslog_position(token)[0])
+    ring = log.ring
     seq, partial = ring.syslog_position(token)
     parts: list[bytes] = []
     while size and (found := ring.read(seq)) is not None:

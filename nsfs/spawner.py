@@ -45,7 +45,7 @@ _BINDS_MAX = 64
 
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
-_SYSCTL, _IDMAP_TREE = 10, 11
+_SYSCTL, _IDMAP_TREE, _OPEN_TTY = 10, 11, 12
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE = 1, 2, 4, 8, 16
 # enum init_op, enum init_flag, enum init_reply_op
@@ -451,6 +451,11 @@ class Spawner:
         that.
         """
         await self._call(_IDMAP_TREE, maps=(table, table), fds=(tree_fd,))
+
+    async def terminal(self, pid: int, path: str, uid: int, gid: int) -> int:
+        """A terminal for writing, non-blocking: opened by its path as process `pid` sees it (0: the
+        host), and with the rights of that user and group.  A new descriptor; ENOTTY."""
+        return _fd(await self._call(_OPEN_TTY, pid=pid, owner=(uid, gid), strings=(path,)))
 
     async def namespace(self, pid: int, kind: str) -> int:
         """A detached mount of a namespace of a process, which it holds open: a new descriptor."""

@@ -5,7 +5,7 @@
     secret             what the inode numbers of views' files are made with (see `tree.Paths`)
     c/ID.json          a container's record, replaced atomically
     c/ID.sock          its init's listening socket
-    c/ID.log           its kernel log (see `logring`)
+    c/ID.log           its kernel log (see `logring`); log.new while one gets another size
     c/ID.output        what the commands of its `exec` print
     opens              open files: positions in logs, who opened a control file (see `Slots`)
     ready              the containers that are ready
@@ -156,6 +156,13 @@ def map_file(path: str, size: int) -> mmap.mmap:
         return mmap.mmap(fd, 0)
     finally:
         os.close(fd)
+
+
+def map_new(path: str, size: int) -> mmap.mmap:
+    """The same of a new file of zeros, whatever was there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return map_file(path, size)
 
 
 class Slots:

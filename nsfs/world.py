@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from nsfs import idmap, kernfs
+from nsfs import idmap, kernfs, loglimits
 from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
@@ -32,7 +32,7 @@ from nsfs.container import (
     Origin,
     Phase,
 )
-from nsfs.logring import Limit, LogRing
+from nsfs.logring import LogRing
 from nsfs.logstream import Log
 from nsfs.notices import Notices
 from nsfs.spawner import Init, Spawner
@@ -130,6 +130,8 @@ class World:
         if self.containers.pop(container.number, None) is None:
             return
         self.store.drop(container.number)
+        if container.own_log is not None and container.own_log.echo is not None:
+            container.own_log.echo.close()
         self.ready.drop(container.number)
         self.notices.forget(container)
         if container.range is not None:
@@ -210,12 +212,12 @@ class World:
     def open_log(self, container: Container) -> Log:
         """Map a container's kernel log."""
         path = self.store.log_path(container.number, "log")
-        settings = self.config.log
-        limit = None if settings.rate is None else Limit(settings.rate, settings.burst or 0)
-        if container.parent is None:
-            # What is in the host's log already.
-            limit = None
-        return Log(LogRing(map_file(path, settings.bytes), limit=limit))
+        size, rate, burst = loglimits.limits_of(container)
+        found = Log(LogRing(map_file(path, size), limit=loglimits.limit(rate, burst)))
+        if container.parent is not None and found.ring.buffer_size != size:
+            # The last daemon died between recording another size and doing so.
+            loglimits.resize(container, found, size)
+        return found
 
     def open_output(self, container: Container) -> ByteLog:
         """Map what a container's commands printed."""

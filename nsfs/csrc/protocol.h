@@ -36,6 +36,8 @@ enum spawner_op {
 	OP_SYSCTL,
 	/* fds: a detached tree; extents: uid_map, gid_map, from IDs on disk to the host's: idmap it so */
 	OP_IDMAP,
+	/* pid, string: a path as pid sees it and owner_uid and owner_gid may open it; reply: fd, a terminal for writing */
+	OP_TERMINAL,
 };
 
 enum spawner_flag {

@@ -1686,6 +1686,55 @@ static int idmap_tree(int tree_fd)
 	return result;
 }
 
+/* Whether a character device is a terminal: then opening it has no effect on anything else (proc(5), tty/drivers). */
+static bool is_terminal(dev_t device)
+{
+	int fd = openat(proc_fd, "tty/drivers", O_RDONLY | O_CLOEXEC);
+	FILE *drivers = fd < 0 ? NULL : fdopen(fd, "r");
+	unsigned int number, first, last;
+	bool found = false;
+	char line[256];
+
+	if (!drivers) {
+		if (fd >= 0)
+			close(fd);
+		return false;
+	}
+	/* NAME PATH MAJOR MINOR[-MINOR] TYPE; a name may hold blanks, a path does not. */
+	while (!found && fgets(line, sizeof(line), drivers)) {
+		const char *path = strstr(line, " /dev/");
+		int fields = path ? sscanf(path, " %*s %u %u-%u", &number, &first, &last) : 0;
+
+		found = fields >= 2 && number == major(device) && minor(device) >= first &&
+			minor(device) <= (fields == 3 ? last : first);
+	}
+	fclose(drivers);
+	return found;
+}
+
+/* A terminal for writing, opened with the rights of whoever named it; neither waits for a line nor becomes ours. */
+static int open_terminal(const char *path)
+{
+	char link[32];
+	struct stat st;
+	unsigned int number;
+	int path_fd = open_in_root(AT_FDCWD, path, O_PATH), fd;
+
+	if (path_fd < 0)
+		return path_fd;
+	if (fstat(path_fd, &st))
+		return -errno;
+	step = STEP_TERMINAL;
+	if (!S_ISCHR(st.st_mode) || !is_terminal(st.st_rdev))
+		return -ENOTTY;
+	snprintf(link, sizeof(link), "self/fd/%d", path_fd);
+	fd = (int)call(openat(proc_fd, link, O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	/* The master of a pseudoterminal (of a new one, with /dev/ptmx) is nobody's screen. */
+	return isatty(fd) && ioctl(fd, TIOCGPTN, &number) ? fd : -ENOTTY;
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
@@ -1694,11 +1743,14 @@ static int act(void)
 
 	switch (head->op) {
 	case OP_TREE:
+	case OP_TERMINAL:
 		if ((result = enter_mounts(head->pid)))
 			return result;
 		step = STEP_PATH;
 		if ((result = look_as(head->owner_uid, head->owner_gid)))
 			return result;
+		if (head->op == OP_TERMINAL)
+			return open_terminal(request.strings[0]);
 		fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
 		(void)setfsuid(0);
 		return fd < 0 ? fd : clone_tree(fd, "");
@@ -1864,6 +1916,7 @@ static int parse(size_t length)
 		return head->strings >= 1 && head->strings <= 2 ? 0 : -EINVAL;
 	case OP_SET_HOSTNAME:
 	case OP_TREE:
+	case OP_TERMINAL:
 	case OP_UNBIND:
 		return head->strings == 1 ? 0 : -EINVAL;
 	case OP_HOSTNAME:

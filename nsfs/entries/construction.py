@@ -8,6 +8,7 @@ unshare  0644: the types that it has namespaces of its own of; `syslog` is one o
 binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
 network  in `defaults/` only: `none` (its own, with loopback up) or `host` (the parent's)
 limits   in `defaults/` only: lines `NAME VALUE`, named as in cgroup v2
+log      in `defaults/` only: see `loglimits`
 
 Written to a container they rebuild it, which must be idle (EBUSY); only `binds` is changed in one
 that runs.  In `defaults/` they are what
@@ -38,6 +39,7 @@ from nsfs.attribute import (
     unescape,
 )
 from nsfs.container import ORIGINS, Face, Origin
+from nsfs.entries import loglimits
 from nsfs.limits import Limits
 
 
@@ -188,5 +190,5 @@ def _default(name: str) -> Attribute:
 
 FILES = (
     *(_own(name) for name in ("rootfs", "idmap", "unshare", "binds")),
-    Directory("defaults", entries=tuple(_default(name) for name in PARTS)),
+    Directory("defaults", entries=(*(_default(name) for name in PARTS), loglimits.DEFAULT)),
 )

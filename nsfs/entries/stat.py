@@ -7,8 +7,8 @@ cgroup
 procs                                          members
 net.rx_bytes net.tx_bytes                      of all interfaces but loopback, where it or one that
 is nested in it has a network of its own
-log.records log.dropped                        records that its kernel log took, and those that it
-refused or overwrote
+log.records log.dropped log.console_dropped    records that its kernel log took, those that it
+refused or overwrote, and those that its console did not take
 firewall.lines firewall.paused firewall.pauses at the root: LOG lines that the host printed, whether
 the breaker keeps them off now, and how often it did
 
@@ -48,6 +48,7 @@ def stat_show(face: Face) -> str:
     if not top:
         counters = container.log.ring.counters
         pairs += [("log.records", counters.kept_records), ("log.dropped", counters.dropped_records)]
+        pairs.append(("log.console_dropped", container.log.ring.console_dropped))
     else:
         lines, paused, pauses = container.world.firewall_stat()
         pairs += [("firewall.lines", lines), ("firewall.paused", paused)]

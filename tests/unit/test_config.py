@@ -95,6 +95,7 @@ limits =
 spare = 2
 [log]
 bytes = 1m
+bytes_max = 2M
 rate = max
 burst = 10
 firewall_log = off
@@ -130,6 +131,7 @@ modules =
         "make": {"spare": 2},
         "log": {
             "bytes": 2**20,
+            "bytes_max": 2**21,
             "rate": None,
             "burst": 10,
             "firewall_log": False,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from nsfs import logring
 from nsfs.logring import (
     CONT,
+    ECHO,
     FORMATTED_MAX,
     HEADER_BYTES,
     LOG_KERN,
@@ -676,3 +677,43 @@ def test_format_syslog_is_record_print_text(lengths: list[int], with_time: bool)
     text = b"\n".join(b"x" * n for n in lengths)[:TEXT_MAX]
     prefix = b"<14>[    5.123456] " if with_time else b"<14>"
     assert format_syslog(record(text), time=with_time) == kernels_print_text(text, prefix)
+
+
+def test_what_is_echoed_has_a_limit_of_its_own() -> None:
+    clock = Clock()
+    log = LogRing(bytearray(16384), clock=clock, limit=Limit(1, 3))
+    for number in range(5):
+        log.append(b"%d" % number, facility=1)
+        log.append(b"[a] %d" % number, facility=1, flags=ECHO)
+        log.append(b"k%d" % number, facility=0)
+    found = [log.read(seq) for seq in range(log.next_seq)]
+    kept = [each.text for each in found if isinstance(each, Record)]
+    assert kept == [b"0", b"[a] 0", b"k0", b"1", b"[a] 1", b"k1", b"2", b"[a] 2", b"k2"]
+    assert log.counters.suppressed_records == 6
+    # What does not count for the limit is let in all the same.
+    assert log.append(b"free", facility=0, limited=False) == 9
+
+
+def test_another_limit_at_once() -> None:
+    log = LogRing(bytearray(16384), clock=Clock(), limit=Limit(1, 2))
+    for number in range(5):
+        log.append(b"%d" % number, facility=1)
+    log.set_limit(None)
+    log.append(b"many", facility=1)
+    log.report_suppressed()
+    log.set_limit(Limit(1, 1))
+    assert log.append(b"one", facility=1) is not None
+    assert log.append(b"two", facility=1) is None
+    kept = [each.text for n in range(log.next_seq) if isinstance(each := log.read(n), Record)]
+    told = b"kmsg: 3 output lines suppressed due to ratelimiting"
+    assert kept == [b"0", b"1", b"many", told, b"one"]
+
+
+def test_what_the_console_did_not_take_is_counted_for_ever() -> None:
+    buffer = bytearray(8192)
+    log = LogRing(buffer)
+    log.count_console_dropped(3)
+    log = LogRing(buffer)
+    log.count_console_dropped(2)
+    assert log.console_dropped == 5
+    assert log.copy_into(bytearray(4096)).console_dropped == 5
