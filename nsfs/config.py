@@ -250,7 +250,8 @@ class Log:
     """[log]: `bytes` of each ring, `bytes_max` that one may be given; records a second and at once,
     None for no limit.
 
-    `firewall_rate` is LOG lines a second, of the whole host, that the breaker lets be;
+    `firewall_rate` is LOG lines a second, of the whole host, that the breaker lets be, and
+    `firewall_pause_s` for how long it switches them off;
     `kernel_lines` the best way of attributing them that is tried.
     """
 
@@ -260,6 +261,7 @@ class Log:
     burst: Annotated[int | None, _number_or_max(1, 10**9)] = 5000
     firewall_log: Annotated[bool, _switch] = True
     firewall_rate: Annotated[int | None, _number_or_max(1, 10**9)] = 2000
+    firewall_pause_s: Annotated[float, _seconds(0.1, 3600)] = 10.0
     kernel_lines: Annotated[str, _word("exact", "context", "own")] = "exact"
 
 

@@ -6,13 +6,19 @@ to which they go, so nothing leaves.  Every rule's prefix names the namespace an
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
+import struct
 import subprocess
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from .conftest import Container, Instance
+from .conftest import Container, Instance, wait_until
 
 DEADLINE_S = 30.0
 
@@ -156,8 +162,49 @@ def texts(log: str) -> list[str]:
 
 def status(instance: Instance) -> dict[str, object]:
     """What `nsfs status` says of kernel lines; less where no daemon answers."""
-    found: dict[str, object] = instance.status().get("kernel_lines", {"tier": "none"})
-    return found
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+            control.settimeout(DEADLINE_S)
+            control.connect(f"{instance.run_dir}/control")
+            control.send(b'{"do": "status"}')
+            found: dict[str, object] = json.loads(control.recv(65536))["kernel_lines"]
+            return found
+    except (OSError, ValueError):
+        return {"tier": "none", "networks": 0, "looks": 0}
+
+
+def attached(instance: Instance, count: int) -> None:
+    """Wait until lines of that many network namespaces of containers are known to be theirs: that
+    is so a moment after mkdir has returned.  (Nothing is, in the tier `own`.)"""
+    if tier(instance) != "own":
+        wait_until(lambda: status(instance)["networks"] == count, f"{count} are attached")
+
+
+def looked(instance: Instance) -> None:
+    """Wait until names and addresses of interfaces, which are read now and then, are known."""
+    before = int(str(status(instance)["looks"]))
+    # The next one may have begun already.
+    wait_until(lambda: int(str(status(instance)["looks"])) >= before + 2, "they are read")
+
+
+def caught_up(instance: Instance) -> None:
+    """Wait until all that the host's log has now was delivered to whom it belongs."""
+    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    last = 0
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                with contextlib.suppress(BrokenPipeError):
+                    last = int(os.read(fd, 8192).split(b",", 2)[1])
+    finally:
+        os.close(fd)
+
+    def position() -> int:
+        with open(instance.run_dir / "kmsg", "rb") as file:
+            (following,) = struct.unpack("Q", file.read(8))
+        return int(following)
+
+    wait_until(lambda: position() > last, f"line {last} is delivered: {position()}")
 
 
 def in_net(container: Container, *command: str) -> subprocess.CompletedProcess[str]:
@@ -175,3 +222,14 @@ def tier(instance: Instance) -> str:
     """The tier of an instance, as soon as it has one; "" before."""
     found = str(status(instance)["tier"])
     return "" if found == "none" else found
+
+
+def foreign(stack: contextlib.ExitStack) -> int:
+    """The PID of a process in a network namespace that is nobody's; until the stack ends."""
+    process = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    # unshare(1) has made it once it executes sleep(1).
+    comm = Path(f"/proc/{process.pid}/comm")
+    wait_until(lambda: comm.read_text() == "sleep\n", "it is unshared")
+    return process.pid

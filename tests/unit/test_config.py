@@ -100,6 +100,7 @@ rate = max
 burst = 10
 firewall_log = off
 firewall_rate = max
+firewall_pause_s = 0.5
 kernel_lines = context
 [discovery]
 enabled = off
@@ -136,6 +137,7 @@ modules =
             "burst": 10,
             "firewall_log": False,
             "firewall_rate": None,
+            "firewall_pause_s": 0.5,
             "kernel_lines": "context",
         },
         "discovery": {"enabled": False, "interval_s": 0.5},

@@ -10,30 +10,25 @@ import pytest
 
 from nsfs.klines import (
     BRIDGE,
-    FOLLOW_S,
     IPV4,
     IPV6,
     LOCAL_OUT,
     RECEIVE,
-    WAIT_S,
     Event,
     Follower,
-    Joiner,
-    Judge,
     Killed,
     Mark,
     Oom,
     Packet,
     Record,
     Trap,
-    agrees,
     classify,
-    newest,
     parse_event,
     parse_packet,
     parse_record,
     parse_trace,
 )
+from nsfs.linejoin import FOLLOW_S, WAIT_S, Joiner, Judge, agrees, newest
 
 UDP = (
     b"in: IN=eth0 OUT= MAC=02:00:00:00:00:01:02:00:00:00:00:02:08:00 SRC=10.9.0.2 DST=10.9.0.1 "
