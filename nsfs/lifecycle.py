@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from nsfs import idmap, namespaces
+from nsfs import idmap, loglimits, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import (
     check_mapped,
@@ -84,6 +84,7 @@ async def make(
     each = spare or world.new_container(parent, build)
     each.name, each.request, each.since = name, request, time.time()
     each.uid, each.gid, each.mode = caller.uid, caller.gid, mode
+    each.log_limits = loglimits.for_child(parent)
     parent.children[name] = each
     try:
         if spare is None:
