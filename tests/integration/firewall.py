@@ -187,17 +187,29 @@ def looked(instance: Instance) -> None:
     wait_until(lambda: int(str(status(instance)["looks"])) >= before + 2, "they are read")
 
 
-def caught_up(instance: Instance) -> None:
-    """Wait until all that the host's log has now was delivered to whom it belongs."""
+def records() -> list[tuple[int, str]]:
+    """(number, text) of each record of the host's log."""
     fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    last = 0
+    found = []
     try:
         with contextlib.suppress(BlockingIOError):
             while True:
                 with contextlib.suppress(BrokenPipeError):
-                    last = int(os.read(fd, 8192).split(b",", 2)[1])
+                    head, _, text = os.read(fd, 8192).decode().partition(";")
+                    found.append((int(head.split(",")[1]), text.splitlines()[0] if text else ""))
     finally:
         os.close(fd)
+    return found
+
+
+def last_seq() -> int:
+    """The number of the last one; -1 if there is none."""
+    return max((seq for seq, _ in records()), default=-1)
+
+
+def caught_up(instance: Instance) -> None:
+    """Wait until all that the host's log has now was delivered to whom it belongs."""
+    last = last_seq()
 
     def position() -> int:
         with open(instance.run_dir / "kmsg", "rb") as file:

@@ -20,8 +20,10 @@ from .firewall import (
     foreign,
     in_net,
     kernel,
+    last_seq,
     looked,
     prefixes,
+    records,
     run,
     status,
     texts,
@@ -33,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("host_log")
 
 NF_LOG = Path("/proc/sys/net/netfilter/nf_log_all_netns")
 NOTE = Path("/run/nsfs.nf_log_all_netns")
+SINCE = [0]
+"""The number of the last record of the host's log before a test."""
 TIERS = ("exact", "context", "own") if EXACT else ("context", "own")
 
 
@@ -65,6 +69,7 @@ def fresh(tiered: Instance) -> None:
     """What the host has printed before is not shown any more; its own log keeps it."""
     caught_up(tiered)
     (tiered.tree / "kmsg").write_text("")
+    SINCE[0] = last_seq()
 
 
 @pytest.fixture
@@ -87,6 +92,11 @@ def host(instance: Instance) -> list[str]:
     return texts((instance.tree / "kmsg").read_text())
 
 
+def host_log_texts() -> list[str]:
+    """What the host's kernel has printed since a test's beginning."""
+    return [text for seq, text in records() if seq > SINCE[0]]
+
+
 def has_come(instance: Instance, container: Container, word: str, count: int = 1) -> list[str]:
     """The kernel's lines of a container when so many with that word have come, and no more will;
     in the tier `own`, that none has."""
@@ -96,12 +106,13 @@ def has_come(instance: Instance, container: Container, word: str, count: int = 1
     return kernel(container)
 
 
-# The parent leaves it a zombie for a moment: by context it is looked at when it has ended.
-FALL = "import ctypes, mmap, os, time; os.fork() and (time.sleep(0.5), os._exit(0)); "
-FALLS = {"segfault at 0": f"{FALL} ctypes.string_at(0)"}
+# By context a process is looked at after it has printed: the parent leaves it a zombie.
+STAY = "import time; print('sent', flush=True); time.sleep(1000)"
+PARENT = "import ctypes, mmap, os, time; os.fork() and time.sleep(1000); "
+FALLS = {"segfault at 0": f"{PARENT} ctypes.string_at(0)"}
 if platform.machine() == "x86_64":
     FALLS["trap invalid opcode"] = (
-        f"{FALL} m = mmap.mmap(-1, 4096, prot=7); m.write(bytes((15, 11))); "
+        f"{PARENT} m = mmap.mmap(-1, 4096, prot=7); m.write(bytes((15, 11))); "
         "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()"
     )
 
@@ -111,7 +122,8 @@ def test_a_process_that_falls(
     tiered: Instance, boxes: tuple[Container, Container], what: str
 ) -> None:
     a, b = boxes
-    a.run(f"python3 -c '{FALLS[what]}'")
+    a.start("python3", "-c", FALLS[what])
+    wait_until(lambda: any(what in line for line in host_log_texts()), "it has fallen")
     found = has_come(tiered, a, what)
     dmesg = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
     if tier(tiered) == "own":
@@ -131,7 +143,8 @@ def test_a_process_that_falls(
 def test_an_oom_kill(tiered: Instance, boxes: tuple[Container, Container]) -> None:
     a, b = boxes
     limit_memory(tiered, a)
-    a.run_code("python3 -c 'x = bytearray(200 << 20)'")
+    a.start("python3", "-c", f"{PARENT} x = bytearray(200 << 20)")
+    wait_until(lambda: any("Killed process" in x for x in host_log_texts()), "it is killed")
     found = has_come(tiered, a, "Killed process")
     if tier(tiered) == "own":
         assert not found
@@ -174,7 +187,8 @@ def test_one_containers_log_rule(tiered: Instance, boxes: tuple[Container, Conta
     )
     if tier(tiered) == "context":
         looked(tiered)
-    a.run(f'python3 -c "{send}"')
+    a.start("python3", "-c", f"{send}; {STAY}")
+    wait_until(lambda: "sent" in a.read("output"), "all are sent")
     found = has_come(tiered, a, "TYPE=8", 20)
     if tier(tiered) == "own":
         assert not found
@@ -327,10 +341,11 @@ def test_whose_network_it_is(tiered: Instance, boxes: tuple[Container, Container
     if tier(tiered) == "context":
         looked(tiered)
     send = (
-        "import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind((chr(49)+chr(48)"
-        "+'.1.2.3',0)); [s.sendto(b'x',('10.1.2.3',9)) for i in range(5)]"
+        "import socket; s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind(('10.1.2.3',0)); "
+        "[s.sendto(b'x',('10.1.2.3',9)) for i in range(5)]"
     )
-    sharing.run(f'python3 -c "{send}"')
+    sharing.start("python3", "-c", f"{send}; {STAY}")
+    wait_until(lambda: "sent" in sharing.read("output"), "all are sent")
     found = has_come(tiered, a, "pod: IN= OUT=lo", 5)
     if tier(tiered) == "own":
         assert not found
@@ -339,7 +354,8 @@ def test_whose_network_it_is(tiered: Instance, boxes: tuple[Container, Container
     assert not kernel(sharing)
     assert not kernel(b)
     # About a process, a line goes to the container that it is in.
-    sharing.run(f"python3 -c '{FALLS['segfault at 0']}'")
+    sharing.start("python3", "-c", FALLS["segfault at 0"])
+    wait_until(lambda: any("segfault" in line for line in host_log_texts()), "it has fallen")
     assert bool(has_come(tiered, sharing, "segfault at 0")) == (tier(tiered) != "own")
     assert not any("segfault" in line for line in kernel(a))
 
