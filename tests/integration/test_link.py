@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -175,14 +176,91 @@ def test_what_cannot_be_linked(tree: Path, web: Container) -> None:
     web.write("freeze", "0")
 
 
-@pytest.mark.parametrize("how", [["sudo", "-n"], ["sudo", "-n", "-u", "#0"], ["su", "root", "-c"]])
-def test_under_sudo_and_su(tree: Path, web: Container, how: list[str]) -> None:
-    if not shutil.which(how[0]):
-        pytest.skip(f"no {how[0]}")
-    line = f"ln {tree}/procs/self {web.path}/procs/"
-    words = [*how, line] if how[-1] == "-c" else [*how, "sh", "-c", line + "; exit $?"]
-    done = subprocess.run(words, input="hostname; exit 33\n", capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (33, "web\n"), done
+# --- as another user ---
+
+BECOME = {
+    "sudo": "sudo -n SHELL=/bin/sh {}",
+    "sudo -u nobody": "sudo -n -u nobody SHELL=/bin/sh {}",
+    "su": "su root -c '{}'",
+    "su nobody": "su nobody -s /bin/sh -c '{}'",
+}
+WAYS = ("ln {tree}/procs/self {tree}/{name}/procs/", ENTER + " {tree}/{name}")
+
+
+@pytest.fixture
+def everybodys(tree: Path, web: Container) -> Iterator[Path]:
+    """The tree, in which root has the container `web`, and nobody one called `mine`."""
+    tree.chmod(0o777)
+    user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    subprocess.run([*user, "mkdir", str(tree / "mine")], check=True)
+    tree.chmod(0o755)
+    yield tree
+    wait_until(lambda: Container(tree / "mine").state()["procs"] == "0", "nobody is in it")
+
+
+def line_of(how: str, way: str, tree: Path) -> tuple[str, str]:
+    """What is typed, and the hostname to be found."""
+    name = "mine" if "nobody" in how else "web"
+    return BECOME[how].format(way.format(tree=tree, name=name)), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("how", BECOME)
+def test_under_sudo_and_su(everybodys: Path, how: str, way: str) -> None:
+    line, name = line_of(how, way, everybodys)
+    done = subprocess.run(
+        ["sh", "-c", line],
+        input="hostname; id -u; echo error >&2; exit 33\n",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout) == (33, f"{name}\n0\n"), done
+    # Or with what these two have to say besides.
+    assert "error\n" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
+@pytest.mark.parametrize("how", BECOME)
+def test_on_a_terminal_under_sudo_and_su(everybodys: Path, how: str, shell: str) -> None:
+    line, name = line_of(how, WAYS[0], everybodys)
+    with terminal(*shell.split(), env={"SHELL": "/bin/sh", "ENV": ""}) as outer:
+        outer.expect("ready> ")
+        before = outer.mode()
+        outer.run(line, "# ")
+        outer.run("hostname; tty", rf"{name}\r\n/dev/pts/0\r\n")
+        outer.expect("# ")
+        outer.run("echo sle''eping; sleep 1000", "sleeping")
+        time.sleep(0.2)
+        outer.send("\x03")
+        outer.expect("# ")
+        outer.run("echo al''ive", "alive")
+        outer.expect("# ")
+        outer.run("exit 33", "ready> ")
+        outer.run("echo code=$?", "code=33")
+        if "zsh" not in shell:  # which edits its lines in a mode of its own
+            wait_until(lambda: outer.mode() == before, "the terminal is as it was")
+
+
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
+def test_from_a_script_of_each_shell(tree: Path, web: Container, shell: str) -> None:
+    text = f"echo 'hostname; exit 5' | ln {tree}/procs/self {web.path}/procs/; echo $?"
+    done = subprocess.run(
+        [*shell.split(), "-c", text],
+        env={**os.environ, "SHELL": "/bin/sh"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.stdout, done.stderr) == ("web\n5\n", "")
+
+
+def test_not_into_anothers(everybodys: Path) -> None:
+    for way in WAYS:
+        line = BECOME["sudo -u nobody"].format(way.format(tree=everybodys, name="web"))
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+        assert done.returncode in (1, 125)
+        assert "denied" in done.stderr
 
 
 def test_inside_for_a_nested_container(tree: Path, web: Container) -> None:
