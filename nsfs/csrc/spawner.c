@@ -653,7 +653,7 @@ static int set_up_sys(int dev_fd, int private_fd, int top_fd)
 	if ((result = attach_in_root(fd, top_fd, "sys")) || (result = (int)call(fchdir(fd))))
 		return result;
 	for (size_t i = 0; i < sys_entry_count; i++) {
-		snprintf(path, sizeof(path), "/y/%s", sys_entries[i]);
+		snprintf(path, sizeof(path), "/y/%.31s", sys_entries[i]);
 		if ((result = make_dir(fd, sys_entries[i], 0755)))
 			return result;
 		result = bind_path(path, sys_entries[i], 0);

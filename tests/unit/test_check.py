@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[2]
 
 # gcc -fanalyzer and a first mypy take their time on a slow machine.
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["ruff", "format", "types", "c", "shell"])
+@pytest.mark.parametrize("name", ["ruff", "format", "types", "c", "aarch64", "shell"])
 def test_check(name: str) -> None:
     ran = subprocess.run(
         [TOP / "scripts/check", name], capture_output=True, text=True, stdin=subprocess.DEVNULL
