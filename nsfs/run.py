@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from nsfs.attribute import one_line
 from nsfs.cgroup import Hierarchies
@@ -22,6 +22,8 @@ from nsfs.limits import Limits, find, key, merged, parse
 LIBEXEC = Path(__file__).parent / "libexec"
 TREE = "/sys/namespaces"
 FAILED = 125
+PRIVATE = ("/dev", "/home", "/mnt", "/root", "/run", "/srv", "/tmp", "/var")
+"""Where a container that shows the host's root filesystem has directories of its own."""
 PASSED_ON = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -75,36 +77,80 @@ def enter(argv: list[str]) -> NoReturn:
     os.execv(words[0], words)
 
 
-def bind_line(text: str) -> str:
-    """SOURCE[:TARGET[:ro|rw]] as a line of `binds`."""
-    words = text.split(":")
-    mode = words.pop() if words[-1] in ("ro", "rw") else "rw"
-    if not 1 <= len(words) <= 2:
-        raise ValueError(f"--bind {text}: SOURCE[:TARGET[:ro|rw]]")
-    source = os.path.abspath(words[0])
-    return f"{one_line(words[-1] if len(words) == 2 else source)} {one_line(source)} {mode}"
+class Bind(NamedTuple):
+    """SOURCE[:TARGET[:ro|rw]] of a command line."""
+
+    text: str
+    source: str
+    target: str
+    mode: str
+
+    @classmethod
+    def parse(cls, text: str) -> Bind:
+        """ValueError for what is none."""
+        words = text.split(":")
+        mode = words.pop() if words[-1] in ("ro", "rw") else "rw"
+        if not 1 <= len(words) <= 2 or not all(words):
+            raise ValueError(f"--bind {text}: SOURCE[:TARGET[:ro|rw]]")
+        source = os.path.abspath(words[0])
+        target = words[-1] if len(words) == 2 else source
+        if not target.startswith("/") or ".." in target.split("/"):
+            raise ValueError(f"--bind {text}: the target is an absolute path without `..`")
+        return cls(text, source, target, mode)
+
+    def line(self) -> str:
+        """A line of `binds`."""
+        return f"{one_line(self.target)} {one_line(self.source)} {self.mode}"
+
+
+def check_binds(directory: str, rootfs: str | None, binds: list[Bind]) -> None:
+    """ValueError for what could not be bound, before anything is made.
+
+    The host's root filesystem is read-only in a container, so no mount point can be made in it but
+    in what is the container's own.
+    """
+    for bind in binds:
+        if not os.path.lexists(bind.source):
+            raise ValueError(f"--bind {bind.text}: there is no {bind.source}")
+    if rootfs is None:
+        with contextlib.suppress(OSError):
+            rootfs = (Path(directory).parent / "defaults/rootfs").read_text().rstrip("\n")
+    if rootfs != "host":
+        return
+    for bind in binds:
+        places = (*PRIVATE, *(each.target for each in binds if each is not bind))
+        path = Path(bind.target)
+        if not os.path.lexists(path) and not any(path.is_relative_to(each) for each in places):
+            raise ValueError(
+                f"--bind {bind.text}: there is no {bind.target}, and it cannot be made in the"
+                f" host's root filesystem, which is read-only in a container: take one below /mnt"
+            )
 
 
 def write(path: str, value: str) -> None:
-    """One value to a control file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    """One value to a control file; the error names that."""
     try:
-        os.write(fd, os.fsencode(value) + b"\n")
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, os.fsencode(value) + b"\n")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise OSError(error.errno, f"{os.path.basename(path)}: {error.strerror}") from error
 
 
-def build(directory: str, args: argparse.Namespace) -> None:
+def build(directory: str, args: argparse.Namespace, binds: list[Bind]) -> None:
     """What the options say of the new container."""
     if args.rootfs:
         write(f"{directory}/rootfs", os.path.abspath(args.rootfs))
-    if args.bind:
-        write(f"{directory}/binds", "\n".join(bind_line(each) for each in args.bind))
+    if binds:
+        write(f"{directory}/binds", "\n".join(each.line() for each in binds))
     for name, value in args.limits:
         try:
             write(f"{directory}/cgroup/{name}", value)
         except OSError as error:
-            raise ValueError(f"--limit {name}={value}: {error.strerror}") from None
+            text = os.strerror(error.errno or 0)
+            raise ValueError(f"--limit {name}={value}: {text}") from None
 
 
 def parse_limits(texts: list[str]) -> Limits:
@@ -173,9 +219,11 @@ def run(argv: list[str]) -> int:
     code = FAILED
     try:
         args.limits = parse_limits(args.limit)
+        binds = [Bind.parse(each) for each in args.bind]
+        check_binds(directory, args.rootfs, binds)
         os.mkdir(directory)
         try:
-            build(directory, args)
+            build(directory, args, binds)
             code = wait_for(program(directory, None, command))
         finally:
             if not args.keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -62,6 +63,51 @@ def test_run_with_binds_and_a_root(tree: Path, tmp_path: Path) -> None:
     assert not path.exists()
     assert nsfs("run", "--bind", "a:b:c:d", str(path), "--", "true").returncode == 125
     assert not path.exists()
+
+
+def test_run_says_what_cannot_be_bound_before_it_makes_anything(tree: Path, tmp_path: Path) -> None:
+    path = tree / "job"
+    (tmp_path / "file").write_text("x")
+    directory, file = f"{tmp_path}", f"{tmp_path}/file"
+    for bind, words in {
+        f"{directory}:/data": "--bind {}: there is no /data, and it cannot be made",
+        f"{file}:/etc/no/file": "--bind {}: there is no /etc/no/file, and it cannot be made",
+        "/no/such:/mnt": "--bind {}: there is no /no/such",
+        f"{directory}:mnt": "--bind {}: the target is an absolute path",
+        f"{directory}:/mnt/../x": "--bind {}: the target is an absolute path",
+        f"{directory}:": "--bind {}: SOURCE[:TARGET",
+    }.items():
+        # With one that is there already: had it tried to make it, it would say that.
+        path.mkdir()
+        done = nsfs("run", "--bind", bind, str(path), "--", "true")
+        assert done.returncode == 125
+        assert done.stderr.startswith(f"nsfs: {path}: {words.format(bind)}"), done
+        path.rmdir()
+    # What the daemon says is told, with the file that it is about.
+    done = nsfs("run", "--bind", f"{file}:/etc", str(path), "--", "true")
+    assert (done.returncode, done.stderr) == (125, f"nsfs: {path}: binds: Invalid argument\n")
+    assert not path.exists()
+
+
+def test_run_makes_mount_points_in_what_is_the_containers_own(tree: Path, tmp_path: Path) -> None:
+    path = tree / "job"
+    tmp_path.chmod(0o755)
+    (tmp_path / "file").write_text("content")
+    for target in ("/mnt/a/b", "/srv/x", "/run/y", "/opt", "/tmp/z"):
+        done = nsfs(
+            "run", "--bind", f"{tmp_path}:{target}", str(path), "--", "cat", f"{target}/file"
+        )
+        assert (done.returncode, done.stdout) == (0, "content"), done
+    # In a root of its own, where one can be made.
+    root = tmp_path / "trees/root"
+    (root / "bin").mkdir(parents=True)
+    root.parent.chmod(0o700)
+    shutil.copy("/bin/busybox", root / "bin/cat")
+    done = nsfs(
+        "run", "--rootfs", str(root), "--bind", f"{tmp_path}:/data",
+        str(path), "--", "cat", "/data/file",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "content"), done
 
 
 def test_run_passes_signals_on(tree: Path) -> None:
