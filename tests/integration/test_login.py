@@ -10,8 +10,10 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,31 +132,31 @@ class Host:
 
     def close(self) -> None:
         """End all of it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.sshd, 15)
         words = [str(self.directory / "nsfs"), "umount", "--kill"]
         done = subprocess.run(
             ["nsenter", "-t", str(self.shell.pid), "-m", "--", *words], capture_output=True
         )
-        self.shell.kill()
-        self.shell.communicate()
+        # Its shell waits for sshd, and the mount namespace ends with both.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.sshd, signal.SIGTERM)
+        self.shell.communicate(timeout=DEADLINE_S)
         assert done.returncode == 0, done
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def host() -> Iterator[Host]:
     """A host on which one can log in."""
     if not os.access(SSHD, os.X_OK):
         pytest.skip("no sshd")
-    directory = tmp_path_factory.mktemp("login")
-    for each in (directory, *directory.parents[:2]):
-        each.chmod(0o755)
-    host = Host(directory)
-    try:
-        wait_until(lambda: host.run("web", "true").returncode == 0, "sshd answers")
-        yield host
-    finally:
-        host.close()
+    # Not below pytest's own, which each run of pytest closes to other users.
+    with tempfile.TemporaryDirectory(prefix="nsfs-", dir="/tmp") as base:
+        os.chmod(base, 0o755)
+        host = Host(Path(base))
+        try:
+            wait_until(lambda: host.run("web", "true").returncode == 0, "sshd answers")
+            yield host
+        finally:
+            host.close()
 
 
 def gone(container: Container) -> None:
