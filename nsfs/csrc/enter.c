@@ -90,7 +90,7 @@ struct stream {
 };
 
 static const char *name = "";	/* of the container, for messages */
-static char **command;
+static char **own_words, **command;
 static bool on_terminal;	/* 0 and 1 are one, so there is one inside */
 static struct termios outer_mode, raw_mode;
 static bool is_raw;
@@ -591,6 +591,29 @@ static int open_stdio(int to_fd)
 	return 0;
 }
 
+/* Our command line names the container as it is called outside, and members see it by /proc once we are in their PID
+ * namespace; that cannot be helped by PR_SET_DUMPABLE. */
+static int hide_arguments(void)
+{
+	size_t count = 0;
+	char **copies;
+
+	while (command && command[count])
+		count++;
+	if (command) {
+		copies = calloc(count + 1, sizeof(*copies));
+		for (size_t i = 0; copies && i < count; i++)
+			if (!(copies[i] = strdup(command[i])))
+				return ENOMEM;
+		if (!copies)
+			return ENOMEM;
+		command = copies;
+	}
+	for (char **each = own_words; *each; each++)
+		memset(*each, 0, strlen(*each));
+	return 0;
+}
+
 __attribute__((noreturn))
 static void run_in_part(int to_fd, int channel_fd, uint32_t types, const int *fds)
 {
@@ -603,6 +626,8 @@ static void run_in_part(int to_fd, int channel_fd, uint32_t types, const int *fd
 	int error, status;
 	pid_t pid;
 
+	if ((error = hide_arguments()))
+		refuse(to_fd, STEP_LIMIT, error);
 	error = join(types, fds);
 	if (error)
 		refuse(to_fd, STEP_JOIN, error);
@@ -1027,6 +1052,7 @@ int main(int argc, char **argv)
 	char path[4096];
 	int channel_fd, signal_fd, i;
 
+	own_words = argv;
 	(void)prctl(PR_SET_NAME, "nsfs-enter");
 	/* Closed ones would be taken by what we open. */
 	for (i = 0; i < 3; i++)
