@@ -468,6 +468,38 @@ def _remove_tree(path: str) -> None:
         os.rmdir(path)
 
 
+def pids_of(path: str) -> list[int]:
+    """The processes of one group, without those below; none when it is gone."""
+    try:
+        return [int(line) for line in read(f"{path}/cgroup.procs").splitlines()]
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise
+
+
+def kill_at(path: str) -> None:
+    """SIGKILL to every process of a group; one that is gone is dead."""
+    try:
+        write(f"{path}/cgroup.kill", "1")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+
+
+def signal_at(path: str, number: Signals) -> None:
+    """A signal to every process of one group."""
+    for pid in pids_of(path):
+        # The PID may be another process's by now: check membership with the process held.
+        with contextlib.suppress(ProcessLookupError):
+            fd = os.pidfd_open(pid)
+            try:
+                if path.endswith(membership(pid)):
+                    pidfd_send_signal(fd, number)
+            finally:
+                os.close(fd)
+
+
 def membership(pid: int) -> str:
     """The path of a process's v2 group within the hierarchy; ProcessLookupError when it has
     ended."""

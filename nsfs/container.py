@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trio import Event
 
-from nsfs import idmap, namespaces
+from nsfs import cgroup, idmap, namespaces
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group
@@ -378,7 +378,9 @@ class Container:
 
     def populated(self) -> bool:
         """Whether it has a member besides its init, nested containers aside."""
-        return bool(self.group.events("payload")["populated"])
+        if self.group.events("payload")["populated"]:
+            return True
+        return any(cgroup.pids_of(path) for path in self.world.away(self, nested=False))
 
     def suspended(self) -> bool:
         """Whether `freeze` was written to it or to one that it is in."""

@@ -29,7 +29,7 @@ import trio
 
 import nsfs.entries
 import nsfs.views
-from nsfs import cgroup1, config, console, graft, lifecycle
+from nsfs import cgroup1, config, console, graft, leaf, lifecycle
 from nsfs.attribute import Entry, TagType
 from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT, reserved
@@ -188,6 +188,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         async with trio.open_nursery() as nursery:
             world.nursery = nursery
             await lifecycle.resume(world)
+            leaf.resume(world)
             console.resume(world)
             nursery.start_soon(_serve, operations)
             nursery.start_soon(_need, spawner)

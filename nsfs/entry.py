@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import trio
 
-from nsfs import idmap, kernfs, leaf, members, namespaces
+from nsfs import cgroup, idmap, kernfs, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
@@ -346,14 +346,18 @@ def is_ln(tid: int) -> bool:
     )
 
 
-def home_of(container: Container, pid: int) -> Container:
-    """The container that a process is in; EPERM when that is none that `container` is in.
+def home_of(container: Container, pid: int, whole: bool = False) -> Container:
+    """The container whose whole member a process is.
 
-    Nobody leaves one, and two that are apart cannot both hold a process.
+    EPERM for an init, and for who is to be `whole` in one that is not nested in that: nobody leaves
+    a container, and two that are apart cannot both hold all of a process.
     """
     root = container.world.root
+    part = container.world.part(cgroup.membership(pid))
     home = members.container_of(root, pid)
-    if home is None or home not in container.lineage():
+    if part is not None:
+        home = container.world.containers.get(part.home)
+    if home is None or (whole and (part or home not in container.lineage())):
         raise PermissionError(errno.EPERM, "it is in a container elsewhere", str(pid))
     return home
 
@@ -447,7 +451,7 @@ async def move(container: Container, types: frozenset[str], pid: int, caller: Ca
     for a program that is not of this architecture; EBUSY when it has several threads or does not
     stop.
     """
-    home = home_of(container, pid)
+    home = home_of(container, pid, whole=not types)
     wanted = frozenset(
         kind
         for kind in types or namespaces.ALL
@@ -474,4 +478,5 @@ async def move(container: Container, types: frozenset[str], pid: int, caller: Ca
     log.debug("%d was stopped for %d us", pid, stopped_us)
     if types:
         container.world.start(group.watch)
-    container.tell()
+    for each in (container, home):
+        each.tell()

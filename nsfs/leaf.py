@@ -1,13 +1,17 @@
 """Members in part: processes that are in a container, but in some of its namespaces only.
 
 Each has, with its children, a group of its own below the container's `payload`: so kill, freeze,
-`populated` and accounting need nothing special.  The group's name says what is to be known,
+`populated` and accounting need nothing special there.  The group's name says what is to be known,
 
-    nsfs.HOME.PID.TYPES
+    nsfs.HOME.PID.TYPES[.OTHER:TYPES]...
 
-HOME being the number of the container that the process was in before, and TYPES the namespaces that
-it has joined; to HOME and whatever that is in, the process is a member as any other.  The groups
-are root's, which tells them from what members make.
+HOME being the number of the container whose whole member the process is, TYPES the namespaces that
+it has joined, and each OTHER a further container that it is in in part.  HOME and the others need
+not be what the container is in: then their kill, freeze and `populated` have to reach the group,
+which is *away* for them (`World.away`).  A process is in one place of the hierarchy; out of this no
+member of these containers can take it.
+
+The groups are root's, which tells them from what members make.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from signal import SIGKILL, Signals
 
 import trio
 
 from nsfs import cgroup
 from nsfs.container import Container
+from nsfs.kernfs import write
+from nsfs.world import Part, World
 
 PREFIX = "nsfs."
 LOOK_S = 1.0
@@ -43,14 +50,19 @@ class Leaf:
 
     def __init__(self, container: Container, home: Container, pid: int, types: str) -> None:
         self.container = container
-        self.path = f"{container.group.payload}/{PREFIX}{home.number}.{pid}.{types}"
-        self.before = f"{container.group.hierarchies.v2}{cgroup.membership(pid)}"
+        world, place = container.world, cgroup.membership(pid)
+        before = world.part(place)
+        others = () if before is None else ((before.holder, before.types), *before.others)
+        self.part = Part(container.number, home.number, types, others)
+        self.path = f"{container.group.payload}/{self.part.name(pid)}"
+        self.before = f"{container.group.hierarchies.v2}{place}"
         self.pid = pid
 
     def take(self) -> None:
         """Make it and put the process into it."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path)
+        self.container.world.parts[self.path] = self.part
         try:
             move(self.pid, self.path)
         except BaseException:
@@ -78,9 +90,10 @@ class Leaf:
         try:
             os.rmdir(self.path)
         except FileNotFoundError:
-            return True
+            pass
         except OSError:
             return False
+        self.container.world.parts.pop(self.path, None)
         return True
 
     async def watch(self) -> None:
@@ -88,42 +101,70 @@ class Leaf:
         # cgroup.events tells by inotify, but a watch for each that lives for days costs more.
         while not self.remove():  # noqa: ASYNC110
             await trio.sleep(LOOK_S)
-        self.container.tell()
+        for each in self.container.world.containers_of(self.part):
+            each.tell()
 
 
-def leaves(container: Container) -> Iterator[tuple[int, str, str]]:
-    """The groups of one container's members in part: (number of their home, types, path)."""
+class Found(Leaf):
+    """One that an earlier daemon has made."""
+
+    def __init__(self, container: Container, path: str, part: Part) -> None:
+        self.container, self.path, self.part = container, path, part
+
+
+def resume(world: World) -> None:
+    """Take up the groups that are there."""
+    for container in list(world.containers.values()):
+        for part, path in leaves(container):
+            world.parts[path] = part
+            world.start(Found(container, path, part).watch)
+
+
+def leaves(container: Container) -> Iterator[tuple[Part, str]]:
+    """The groups of one container's members in part, with their paths."""
     payload = container.group.payload
     try:
         # st_nlink counts the subdirectories.
-        if os.stat(payload).st_nlink <= 2:
+        if container.parent is None or os.stat(payload).st_nlink <= 2:
             return
         found = [e for e in os.scandir(payload) if e.name.startswith(PREFIX)]
     except FileNotFoundError:
         return
     for each in found:
-        words = each.name.split(".", 3)
+        part = Part.parse(container.number, each.name)
         with contextlib.suppress(FileNotFoundError):
-            if len(words) == 4 and words[1].isdigit() and each.stat().st_uid == 0:
-                yield int(words[1]), words[3], each.path
+            if part is not None and each.stat().st_uid == 0:
+                yield part, each.path
 
 
 def partial(container: Container) -> dict[int, str]:
     """The types of those members of a container, nested ones included, that are in it in part."""
     result: dict[int, str] = {}
-    if container.parent is None:
-        return result
-    for each in (container, *container.descendants()):
-        for number, types, path in leaves(each):
-            home = container.world.containers.get(number)
-            if home is not None and container in home.lineage():
-                continue
-            with (
-                contextlib.suppress(OSError),
-                open(f"{path}/cgroup.procs", encoding="ascii") as file,
-            ):
-                result.update((int(line), types) for line in file)
+    world = container.world
+    for path, part in world.parts.items():
+        types = world.types_in(part, container)
+        if types:
+            result.update((pid, types) for pid in cgroup.pids_of(path))
     return result
+
+
+def freeze_away(container: Container) -> None:
+    """Suspend or resume the members that are in a group away from the container's, as it, or
+    another that they are in, is now."""
+    world = container.world
+    for path in world.away(container):
+        frozen = any(each.suspended() for each in world.containers_of(world.parts[path]))
+        with contextlib.suppress(FileNotFoundError):
+            write(f"{path}/cgroup.freeze", "1" if frozen else "0")
+
+
+def signal_away(container: Container, number: Signals) -> None:
+    """A signal to the members that are in a group away from the container's."""
+    for path in container.world.away(container):
+        if number == SIGKILL:
+            cgroup.kill_at(path)
+        else:
+            cgroup.signal_at(path, number)
 
 
 class Whole(Leaf):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from nsfs import idmap, loglimits, namespaces
+from nsfs import cgroup, idmap, loglimits, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import (
     check_mapped,
@@ -613,13 +613,15 @@ def _detach(container: Container) -> None:
 
 def _begin_end(container: Container) -> None:
     """Kill what is in the groups and leave the rest to the background."""
+    world = container.world
     container.group.hurry()
     doomed = [*container.descendants(), container]
     for each in doomed:
         if find(each.build.limits, "cpu.max"):
             each.group.lift_quota()
     container.group.kill()
-    world = container.world
+    for path in world.away(container):
+        cgroup.kill_at(path)
     for each in doomed:
         each.tell()
     world.start(finish, container)

@@ -40,6 +40,8 @@ def host_pids(container: Container) -> Iterator[int]:
     yield from container.group.pids()
     for each in container.descendants():
         yield from each.group.pids()
+    for path in container.world.away(container):
+        yield from cgroup.pids_of(path)
 
 
 def count(container: Container) -> int:
@@ -69,6 +71,26 @@ def seen_pid(pid: int, depth: int) -> int:
     return int(numbers[depth]) if depth < len(numbers) else 0
 
 
+def has_name(viewpoint: Container, pid: int) -> bool:
+    """Whether a member is in the viewpoint's PID namespace: one in part is in that of its home, or,
+    born after that one was joined, in the other container's."""
+    world = viewpoint.world
+    if not world.parts:
+        return True
+    try:
+        part = world.part(cgroup.membership(pid))
+    except ProcessLookupError:
+        return False
+    if part is None:
+        return True
+    places = [part.home]
+    joined = ((part.holder, part.types), *part.others)
+    places += (number for number, types in joined if "pid" in types.split(","))
+    holder = viewpoint.holder("pid")
+    found = (world.containers.get(number) for number in places)
+    return any(each is not None and holder in each.lineage() for each in found)
+
+
 def seen_pids(face: Face) -> Iterator[tuple[int, int]]:
     """The members: the host's PID, and the one by which the face's viewpoint knows it."""
     depth = level(face.viewpoint)
@@ -80,7 +102,7 @@ def seen_pids(face: Face) -> Iterator[tuple[int, int]]:
             seen = seen_pid(pid, depth)
         except FileNotFoundError:
             continue
-        if seen:
+        if seen and has_name(face.viewpoint, pid):
             yield pid, seen
 
 
@@ -99,7 +121,7 @@ def host_pid(face: Face, seen: int) -> int:
         return seen
     for pid in host_pids(container):
         try:
-            if seen_pid(pid, depth) == seen:
+            if seen_pid(pid, depth) == seen and has_name(face.viewpoint, pid):
                 return pid
         except FileNotFoundError:
             continue
@@ -128,7 +150,9 @@ def container_of(top: Container, pid: int) -> Container | None:
             break
     if found is None or len(parts) < 2 or parts[1] != "payload":
         return None
-    return found if top in found.lineage() else None
+    part = world.part(path)
+    places = [found] if part is None else world.containers_of(part)
+    return next((each for each in places if top in each.lineage()), None)
 
 
 def family(pid: int, depth: int) -> tuple[int, int, str]:

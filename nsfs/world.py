@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -56,6 +56,36 @@ OUTPUT_BYTES = 65536
 """What is kept of the output of a container's `exec`."""
 
 
+class Part(NamedTuple):
+    """What the members of one group below a `payload` are in in part; see `leaf`."""
+
+    holder: int
+    """The number of the container in whose `payload` it is."""
+    home: int
+    """That of the one whose whole members they are."""
+    types: str
+    """The types of namespace that they have of the holder's."""
+    others: tuple[tuple[int, str], ...]
+    """Further containers, and the types that they have of these."""
+
+    def name(self, pid: int) -> str:
+        """Of a group for that process."""
+        others = "".join(f".{number}:{types}" for number, types in self.others)
+        return f"nsfs.{self.home}.{pid}.{self.types}{others}"
+
+    @classmethod
+    def parse(cls, holder: int, name: str) -> Part | None:
+        """The inverse; None for another name."""
+        words = name.split(".")
+        if len(words) < 4 or words[0] != "nsfs" or not words[1].isdigit():
+            return None
+        others = [word.partition(":") for word in words[4:]]
+        if not all(number.isdigit() and types for number, _, types in others):
+            return None
+        pairs = tuple((int(number), types) for number, _, types in others)
+        return cls(holder, int(words[1]), words[3], pairs)
+
+
 class World:
     """All containers of one instance."""
 
@@ -76,6 +106,8 @@ class World:
         self.faces: dict[int, tuple[int, int]] = {}
         """Face's number to (viewpoint's, container's) number."""
         self._faces: dict[tuple[int, int], Face] = {}
+        self.parts: dict[str, Part] = {}
+        """The groups of members in part, by their paths."""
         self.null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.inotify = Inotify()
         self.notices = Notices(self)
@@ -171,6 +203,41 @@ class World:
                 parent.children[each.name] = each
                 kept.append(each)
         return doomed, kept
+
+    # --- members in part ---
+
+    def part(self, place: str) -> Part | None:
+        """What the processes at a place of the v2 hierarchy are in in part, if anything."""
+        return self.parts.get(f"{self.hierarchies.v2}{place}") if self.parts else None
+
+    def containers_of(self, part: Part) -> list[Container]:
+        """The containers that the processes of such a group are in, the whole one last."""
+        numbers = (part.holder, *(number for number, _ in part.others), part.home)
+        return [self.containers[n] for n in numbers if n in self.containers]
+
+    def types_in(self, part: Part, container: Container) -> str:
+        """The types by which they are in a container in part; "" when they are whole or not at
+        all."""
+        home = self.containers.get(part.home)
+        if home is not None and container in home.lineage():
+            return ""
+        for number, types in (*part.others, (part.holder, part.types)):
+            each = self.containers.get(number)
+            if each is not None and container in each.lineage():
+                return types
+        return ""
+
+    def away(self, container: Container, nested: bool = True) -> list[str]:
+        """The groups with members of a container, or of one nested in it, that are in another's
+        part of the hierarchy."""
+        found = []
+        for path, part in self.parts.items():
+            holder, *others = self.containers_of(part) or (None,)
+            if holder is None or holder.number != part.holder or container in holder.lineage():
+                continue
+            if any(container in (o.lineage() if nested else (o,)) for o in others):
+                found.append(path)
+        return found
 
     # --- faces ---
 

@@ -18,7 +18,7 @@ import signal
 
 import trio
 
-from nsfs import members, notices
+from nsfs import leaf, members, notices
 from nsfs.attribute import (
     NOT_ON_ROOT,
     PARENTS,
@@ -77,6 +77,7 @@ def freeze_store(face: Face, value: str, caller: Caller) -> None:
     on = parse_bool(value)
     face.container.check_alive()
     face.container.group.freeze(on)
+    leaf.freeze_away(face.container)
     face.container.tell()
 
 
@@ -94,6 +95,7 @@ async def kill_store(face: Face, value: str, caller: Caller) -> None:
     async with trio.open_nursery() as nursery:
         for each in (container, *container.descendants()):
             nursery.start_soon(each.group.signal, number)
+        leaf.signal_away(container, number)
 
 
 FILES = (
