@@ -548,6 +548,8 @@ class Operations(pyfuse3.Operations):
         """
         if node.path or isinstance(node.entry, TagType):
             return await self._view_rows(node)
+        if node.entry is not self.tables.root and self._files_removed(node.face):
+            return []
         return sorted(self._rows(node), key=lambda row: row[0])
 
     def _rows(self, node: Node) -> Iterator[tuple[int, str, Node]]:
@@ -597,7 +599,7 @@ class Operations(pyfuse3.Operations):
         """Whether living processes have removed every file of a container's directory.
 
         Files are listed first: so the container itself is being removed, and nothing is served by
-        removing all that its views show one by one; they are shown as empty.
+        removing all that its other directories show one by one; they are shown as empty.
         """
         top = self.tables.of(face, self.tables.root)
         marked = self.world.marks.union(top.ino)
@@ -731,9 +733,10 @@ class Operations(pyfuse3.Operations):
         """Whether living processes have removed all static entries of a directory; in a view, that
         they have begun to."""
         marked = self.world.marks.union(node.ino)
-        if node.path or isinstance(node.entry, TagType):
-            return bool(marked) or self._files_removed(node.face)
-        return bool(marked) and all(c.entry.name in marked for c in self.tables.children(node))
+        in_view = node.path or isinstance(node.entry, TagType)
+        if marked and (in_view or all(c.entry.name in marked for c in self.tables.children(node))):
+            return True
+        return node.entry is not self.tables.root and self._files_removed(node.face)
 
     async def _shows_nothing(self, node: Node) -> bool:
         """Whether it is a directory in a view that has nothing in it."""

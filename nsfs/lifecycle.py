@@ -43,6 +43,8 @@ from nsfs.world import World
 
 log = logging.getLogger(__name__)
 
+KILL_AGAIN_S = 0.1
+"""How long what was killed may take to go before it is killed again."""
 _limiting = trio.CapacityLimiter(16)
 
 
@@ -632,11 +634,13 @@ async def finish(container: Container) -> None:
     world = container.world
     with trio.CancelScope(shield=True):
         while True:
-            container.group.kill()
-            await world.depopulated(container)
+            with trio.move_on_after(KILL_AGAIN_S):
+                await world.depopulated(container)
             counted = _counted(container)
             if container.group.remove():
                 break
+            # Something was still being cloned into it.
+            container.group.kill()
             await trio.sleep(0.01)
         _leave_to_parent(container, counted)
         for each in [*container.descendants(), container]:

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from nsfs import lifecycle
-from nsfs.attribute import Attribute, Directory, OpenFile, TagType
+from nsfs.attribute import Attribute, Directory, OpenFile
 from nsfs.cgroup import Hierarchies
 from nsfs.config import Config
 from nsfs.container import Container, Face
@@ -182,12 +182,32 @@ async def remove_all(ops: Operations, directory: int) -> None:
     for node in sorted(found, key=lambda each: isinstance(each.entry, Directory)):
         name = node.entry.name.encode()
         if isinstance(node.entry, Directory):
-            if node.entry.entries and not isinstance(node.entry, TagType):
-                await fails(errno.ENOTEMPTY, ops.rmdir, directory, name, CTX)
-            await remove_all(ops, node.ino)
             await ops.rmdir(directory, name, CTX)
         else:
             await ops.unlink(directory, name, CTX)
+
+
+async def test_directories_are_empty_once_all_files_are_unlinked(ops: Operations) -> None:
+    web = await mkdir(ops, 1, "web")
+    await mkdir(ops, web, "db")
+    defaults = (await ops.lookup(web, b"defaults", CTX)).st_ino
+    files = [
+        node.entry.name.encode()
+        for node in ops.tables.children(await ops.node(web))
+        if not isinstance(node.entry, Directory)
+    ]
+    for name in files:
+        assert "limits" in await names(ops, defaults)
+        await fails(errno.ENOTEMPTY, ops.rmdir, web, b"defaults", CTX)
+        await ops.unlink(web, name, CTX)
+    assert set(await names(ops, defaults)) <= {".", ".."}
+    assert "defaults" in await names(ops, web)
+    await ops.rmdir(web, b"defaults", CTX)
+    # That has only marked it: it is there, and the container is not to be removed yet.
+    await fails(errno.ENOTEMPTY, ops.rmdir, 1, b"web", CTX)
+    assert (await ops.lookup(defaults, b"limits", CTX)).st_ino
+    await remove_all(ops, web)
+    await ops.rmdir(1, b"web", CTX)
 
 
 async def test_an_interrupt_answers_eintr(ops: Operations, autojump_clock: object) -> None:
