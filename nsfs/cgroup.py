@@ -503,11 +503,19 @@ def signal_at(path: str, number: Signals) -> None:
 def membership(pid: int) -> str:
     """The path of a process's v2 group within the hierarchy; ProcessLookupError when it has
     ended."""
+    return memberships(pid)[""]
+
+
+def memberships(pid: int) -> dict[str, str]:
+    """The paths of a process's groups, by v1 controller, and by "" that of v2 (cgroups(7))."""
     try:
         text = read(f"/proc/{pid}/cgroup")
     except FileNotFoundError as error:
         raise ProcessLookupError(errno.ESRCH, "no such process", str(pid)) from error
+    found: dict[str, str] = {}
     for line in text.splitlines():
-        if line.startswith("0::"):
-            return line[3:]
-    raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
+        _, controllers, path = line.split(":", 2)
+        found.update(dict.fromkeys(controllers.split(","), path))
+    if "" not in found:
+        raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
+    return found

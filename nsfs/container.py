@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trio import Event
+from trio import Event, Lock
 
 from nsfs import cgroup, idmap, namespaces
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
@@ -279,6 +279,8 @@ class Container:
     """It is not being rebuilt."""
     binding: tuple[str, ...] = ()
     """Targets of binds that are being added while it runs."""
+    limiting: Lock = field(default_factory=Lock)
+    """Held while a limit is set."""
     pins: list[tuple[int, str]] = field(default_factory=list)
     """(viewpoint's number, path there) of what holds its namespaces open for `nsproxy/`."""
     watches: list[int] = field(default_factory=list)

@@ -50,12 +50,18 @@ class Leaf:
 
     def __init__(self, container: Container, home: Container, pid: int, types: str) -> None:
         self.container = container
-        world, place = container.world, cgroup.membership(pid)
+        world, groups = container.world, cgroup.memberships(pid)
+        place, hierarchies = groups[""], container.group.hierarchies
         before = world.part(place)
         others = () if before is None else ((before.holder, before.types), *before.others)
         self.part = Part(container.number, home.number, types, others)
         self.path = f"{container.group.payload}/{self.part.name(pid)}"
-        self.before = f"{container.group.hierarchies.v2}{place}"
+        self.before = f"{hierarchies.v2}{place}"
+        self.limiting = [
+            (f"{top}{groups.get(name, '/')}", container.group.v1[name])
+            for name, top in hierarchies.v1.items()
+        ]
+        """The v1 groups that it was in, and the container's, whose limits shall hold for it."""
         self.pid = pid
 
     def take(self) -> None:
@@ -65,17 +71,26 @@ class Leaf:
         self.container.world.parts[self.path] = self.part
         try:
             move(self.pid, self.path)
+            for _, path in self.limiting:
+                # It has one thread; with `tasks` no lock of all process creation is taken.
+                write(f"{path}/tasks", str(self.pid))
         except BaseException:
-            self.remove()
+            self.undo()
             raise
 
     def undo(self) -> None:
         """Put the process, and what it has forked meanwhile, back to where it was."""
         while pids := self.pids():
             for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    move(pid, self.before)
+                self.put_back(pid)
         self.remove()
+
+    def put_back(self, pid: int) -> None:
+        """Put a process to where this one was."""
+        with contextlib.suppress(ProcessLookupError):
+            move(pid, self.before)
+            for path, _ in self.limiting:
+                move(pid, path)
 
     def pids(self) -> list[int]:
         """The processes in it."""
@@ -176,8 +191,7 @@ class Whole(Leaf):
 
     def undo(self) -> None:
         """Only the process itself: who else is a member is not known here."""
-        with contextlib.suppress(ProcessLookupError):
-            move(self.pid, self.before)
+        self.put_back(self.pid)
 
     def remove(self) -> bool:
         """It stays."""

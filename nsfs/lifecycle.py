@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -37,7 +37,7 @@ from nsfs.container import (
     overflow_hostname,
     reserved,
 )
-from nsfs.limits import DEVICES, find, key, merged, parse
+from nsfs.limits import DEVICES, find, key, merged, no_limit, parse
 from nsfs.spawner import Recipe
 from nsfs.world import World
 
@@ -430,7 +430,10 @@ async def rebind(container: Container, build: Build) -> None:
             with trio.CancelScope(shield=True):
                 await _take_back(container, old)
             raise
-        container.build = build
+        # Its limits may have been changed meanwhile.
+        container.build = replace(
+            container.build, binds=build.binds, binds_origin=build.binds_origin
+        )
     finally:
         container.binding = ()
         container.save()
@@ -517,13 +520,30 @@ async def _finish_rebuild(container: Container) -> None:
     container.world.look_at(container)
 
 
-async def limit(container: Container, name: str, value: str) -> None:
-    """Set a limit of a container that runs; it is kept with its construction.
+async def limit(container: Container, name: str, values: Sequence[str]) -> None:
+    """Set a limit of a container that runs, with `DEVICES` those of several; it is kept with its
+    construction.
 
     EINVAL, ERANGE: the value; EOPNOTSUPP: no controller of this host has it; what the kernel says
-    to it.  The kernel may take long over it, as when memory has to be reclaimed: a thread waits.
-    When nobody waits for that any more, the limit holds nevertheless, as with cgroupfs itself.
+    to it.  On an error nothing has changed.  The kernel may take long over it, as when memory has
+    to be reclaimed: a thread waits.  When nobody waits for that any more, the limit holds
+    nevertheless, as with cgroupfs itself.
     """
+    for value in values:
+        parse(name, value)
+    async with container.limiting:
+        before, done = container.build.limits, list[str]()
+        try:
+            for value in values:
+                await _limit(container, name, value)
+                done.append(value.split()[0])
+        except OSError:
+            for device in done:
+                await _limit(container, name, find(before, name, device) or no_limit(device))
+            raise
+
+
+async def _limit(container: Container, name: str, value: str) -> None:
     while True:
         while not container.settled.is_set():
             await container.settled.wait()
@@ -633,6 +653,7 @@ async def finish(container: Container) -> None:
     """See the last process out of a killed container and remove what is left of it."""
     world = container.world
     with trio.CancelScope(shield=True):
+        await _lift_io(container)
         while True:
             with trio.move_on_after(KILL_AGAIN_S):
                 await world.depopulated(container)
@@ -646,6 +667,16 @@ async def finish(container: Container) -> None:
         for each in [*container.descendants(), container]:
             await world.unpin(each)
             world.forget(each)
+
+
+async def _lift_io(container: Container) -> None:
+    """What is held back by io.max cannot be killed before it is let through."""
+    for each in [*container.descendants(), container]:
+        for name, value in each.build.limits:
+            if name == "io.max":
+                lifted = no_limit(value.split()[0])
+                with contextlib.suppress(OSError):
+                    await trio.to_thread.run_sync(each.group.set, name, lifted, limiter=_limiting)
 
 
 def _counted(container: Container) -> dict[str, dict[str, int]]:

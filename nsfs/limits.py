@@ -138,6 +138,11 @@ def parse(name: str, value: str, now: str = "") -> str:
     return _PARSERS[name](name, value, now)
 
 
+def no_limit(device: str) -> str:
+    """io.max of a device that has none."""
+    return f"{device} " + " ".join(f"{key}={NO_LIMIT}" for key in IO_KEYS)
+
+
 def key(name: str, value: str) -> tuple[str, str]:
     """What there is one limit of: a name, and with `DEVICES` the device."""
     return name, value.split()[0] if name in DEVICES else ""

@@ -17,7 +17,7 @@ from nsfs import lifecycle
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Flags, TagType, Watchers
 from nsfs.cgroup import Group
 from nsfs.container import Container, Face
-from nsfs.limits import DEVICES, NAMES, parse
+from nsfs.limits import DEVICES, NAMES
 
 NOTIFYING = ("memory.events", "pids.events")
 ACCOUNTS = ("memory.current", "memory.peak", "memory.swap.current", "pids.current", "pids.peak")
@@ -45,14 +45,10 @@ def _limit_show(name: str, face: Face) -> str:
 
 async def _limit_store(name: str, face: Face, value: str, caller: Caller) -> None:
     """A line for each device, where there are several; else one value."""
-    lines = value.splitlines() if name in DEVICES else [value]
     container = face.container
     container.check_alive()
-    # All that is wrong by itself is told before any is set.
-    for line in lines or [""]:
-        parse(name, line)
-    for line in lines:
-        await lifecycle.limit(container, name, line)
+    lines = value.splitlines() if name in DEVICES and value else [value]
+    await lifecycle.limit(container, name, lines)
 
 
 def _watch(name: str, face: Face) -> Watchers:

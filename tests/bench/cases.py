@@ -239,6 +239,7 @@ def many(bench: Bench) -> None:
             3,
             f"list: {text} of {last} empty files",
         )
+    report.want(f"grep . */stat of {last}", f"list: grep . of {last} stat", 1)
     report.want(f"daemon at {last}, PSS", f"memory: daemon, PSS at {last}", 80e6)
     report.want("an init, PSS", "memory: an init, PSS", 60e3)
     report.want(f"supervisor at {last}, RSS", f"memory: supervisor, RSS at {last}", 2e6)
@@ -329,6 +330,11 @@ def _list(bench: Bench, size: int, example: Path) -> None:
             return {f"list: {text} of {size} empty files": run([*words, str(example)])}
 
         bench.report.interleave({"ls": ours, "ls of empty files": theirs}, bench.runs)
+    # Not into /dev/null, where GNU grep is content with one line.
+    grep = ["sh", "-c", "cd $0 && grep . */stat | tail -n 1", str(bench.nsfs.tree)]
+    bench.report.interleave(
+        {"grep": lambda: {f"list: grep . of {size} stat": run(grep)}}, bench.runs
+    )
 
 
 # --- memory ---
