@@ -14,7 +14,7 @@ from setuptools.errors import CompileError
 CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 # Static: they run where the host's libraries are not to be seen (a container's root) or where a
 # library's constructor would be one more thing that can fail (the supervisor).
-PROGRAMS = ("supervisor", "spawner", "init", "tracer")
+PROGRAMS = ("supervisor", "spawner", "init", "tracer", "uaccess")
 # Relative: setuptools wants the paths of data files so. build/ is never committed.
 PAGES = {"man5": "build/man/nsfs.5", "man8": "build/man/nsfs.8"}
 

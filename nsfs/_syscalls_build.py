@@ -30,6 +30,11 @@ ffi.cdef(
     static const unsigned int FSCONFIG_CMD_CREATE, FSCONFIG_SET_STRING;
     static const unsigned int MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC;
     static const unsigned long long RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS;
+    int nsfs_pidfd_getfd(int pid, int fd);
+    int nsfs_notif_recv(int fd, void *notif);
+    int nsfs_notif_valid(int fd, unsigned long long id);
+    int nsfs_notif_send(int fd, unsigned long long id, long long value, int error);
+    int nsfs_effective(int pid, unsigned int *capabilities);
     """
 )
 
@@ -41,10 +46,13 @@ ffi.set_source(
     #endif
     #include <errno.h>
     #include <fcntl.h>
+    #include <linux/capability.h>
     #include <linux/openat2.h>
+    #include <linux/seccomp.h>
     #include <sched.h>
     #include <string.h>
     #include <sys/inotify.h>
+    #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -88,6 +96,41 @@ ffi.set_source(
         how.flags = flags;
         how.resolve = resolve;
         return nsfs_result(syscall(SYS_openat2, dirfd, path, &how, sizeof how));
+    }
+
+    static int nsfs_pidfd_getfd(int pid, int fd)
+    {
+        int pid_fd = nsfs_result(syscall(SYS_pidfd_open, pid, 0)), result;
+        if (pid_fd < 0)
+            return pid_fd;
+        result = nsfs_result(syscall(SYS_pidfd_getfd, pid_fd, fd, 0));
+        close(pid_fd);
+        return result;
+    }
+
+    static int nsfs_notif_recv(int fd, void *notif)
+    {
+        memset(notif, 0, sizeof(struct seccomp_notif));
+        return nsfs_result(ioctl(fd, SECCOMP_IOCTL_NOTIF_RECV, notif));
+    }
+
+    static int nsfs_notif_valid(int fd, unsigned long long id)
+    { return nsfs_result(ioctl(fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id)); }
+
+    static int nsfs_notif_send(int fd, unsigned long long id, long long value, int error)
+    {
+        struct seccomp_notif_resp response = { .id = id, .val = value, .error = error };
+        return nsfs_result(ioctl(fd, SECCOMP_IOCTL_NOTIF_SEND, &response));
+    }
+
+    static int nsfs_effective(int pid, unsigned int *capabilities)
+    {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, pid };
+        struct __user_cap_data_struct data[2];
+        int result = nsfs_result(syscall(SYS_capget, &header, data));
+        capabilities[0] = data[0].effective;
+        capabilities[1] = data[1].effective;
+        return result;
     }
     """,
     extra_compile_args=["-Wall", "-Wextra", "-Wno-unused-parameter"],

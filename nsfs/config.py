@@ -21,6 +21,8 @@ DEFAULT_DIR = PurePosixPath("/sys/namespaces")
 TYPES = (*namespaces.SORTED, namespaces.SYSLOG)
 # `none` is a loopback interface only, `host` the parent's network namespace.
 NETWORKS = ("none", "host")
+# Of syslog(2): it acts on the container's log, or it fails.
+SECCOMP = ("notify", "deny")
 
 # What one user namespace wants to hold the IDs of an ordinary system (nobody is 65534).
 ID_RANGE = 65536
@@ -235,6 +237,7 @@ class Defaults:
     idmap: Annotated[str, _word("auto", "host")] = "auto"
     binds: Annotated[tuple[tuple[str, str, str], ...], _binds] = ()
     network: Annotated[str, _word(*NETWORKS)] = "none"
+    seccomp: Annotated[str, _word(*SECCOMP)] = "notify"
     limits: Annotated[tuple[tuple[str, str], ...], _limits] = (("pids.max", "4096"),)
 
 

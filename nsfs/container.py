@@ -88,8 +88,8 @@ class Build:
     """How a container is built: what `defaults/` gives to a child and its own files can change.
 
     `rootfs` is a path, or "host" for the parent's root filesystem alone; `idmap` is "auto", "host"
-    or lines of a map; `binds` are lines (target, source, "ro" or "rw"); `limits` are cgroup v2's
-    names.
+    or lines of a map; `binds` are lines (target, source, "ro" or "rw"); `seccomp` is what becomes
+    of syslog(2), "notify" or "deny"; `limits` are cgroup v2's names.
     """
 
     unshare: tuple[str, ...] = (*namespaces.SORTED, namespaces.SYSLOG)
@@ -99,6 +99,7 @@ class Build:
     binds: tuple[tuple[str, str, str], ...] = ()
     binds_origin: Origin = HOST_ORIGIN
     network: str = "none"
+    seccomp: str = "notify"
     limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
     propagation: str = "private"
     """Whether what the host mounts later below a tree of its is seen in it: "slave", or not."""
@@ -125,6 +126,7 @@ class Build:
             binds=tuple((t, s, m) for t, s, m in record["binds"]),
             binds_origin=Origin(*record["binds_origin"]),
             network=record["network"],
+            seccomp=record.get("seccomp", "deny"),
             limits=tuple((k, v) for k, v in record["limits"]),
             propagation=record.get("propagation", "private"),
             clocks=clocks_from_record(record.get("clocks")),
@@ -400,6 +402,14 @@ class Container:
         if owner.own_log is None:
             owner.own_log = self.world.open_log(owner)
         return owner.own_log
+
+    @property
+    def console_level(self) -> int:
+        """console_loglevel of its kernel log, as syslog(2) sets it: 1 to 8.
+
+        It is in the log itself, so it is kept.
+        """
+        return self.log.ring.console_level
 
     @property
     def output(self) -> ByteLog:

@@ -38,6 +38,7 @@ from nsfs.kernlog import Router
 from nsfs.spare import Spares
 from nsfs.spawner import FEATURES, Spawner
 from nsfs.store import Store
+from nsfs.syslog import Syslog
 from nsfs.takeover import Device
 from nsfs.world import World
 
@@ -182,6 +183,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
         # The mount is the supervisor's to take down.
         stack.callback(pyfuse3.close, unmount=False)
         router = Router(world)
+        syslog = Syslog(world)
         spares = Spares(world)
         control = Control(world, args, await spawner.features(), router, spares)
         listener = stack.enter_context(control.listening())
@@ -197,6 +199,7 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(world.notices.run)
             nursery.start_soon(_account_disks, world)
             nursery.start_soon(router.run)
+            nursery.start_soon(syslog.run)
             nursery.start_soon(world.housekeeping)
             nursery.start_soon(spares.run)
             nursery.start_soon(control.serve, listener)

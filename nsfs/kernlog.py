@@ -82,8 +82,8 @@ class Router:
         self._recent = Rate()
         self._concerned: set[int] = set()
         self._changes, self._todo = trio.open_memory_channel[tuple[Container, bool]](100_000)
-        world.started = self._started
-        world.ended = self._ended
+        world.started.append(self._started)
+        world.ended.append(self._ended)
         world.firewall_stat = self._firewall_stat
         world.subscribe = self._packets.subscribe
 

@@ -309,6 +309,7 @@ async def _start(container: Container, trees: Trees) -> None:
                 listen_fd=listener.fileno(),
                 clocks=_clocks(build),
                 slave=build.propagation == "slave",
+                syslog=build.seccomp == "notify",
             )
         )
     if _clocks(build) and not namespaces.joined_by_exec(container.init_pid):

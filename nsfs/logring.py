@@ -378,6 +378,15 @@ class LogRing:
         state[SYSLOG], state[PARTIAL], state[SYSLOG_TOKEN] = seq, partial, token
         self._commit()
 
+    def undo_syslog_position(self, token: int) -> None:
+        """What was read for the request `token` was not taken: unless somebody else has read since,
+        it is there for the next reader."""
+        state = self._state
+        if token and token == state[SYSLOG_TOKEN]:
+            state[SYSLOG], state[PARTIAL] = state[WAS_SYSLOG], state[WAS_PARTIAL]
+            state[SYSLOG_TOKEN] = 0
+            self._commit()
+
     def copy_into(self, buffer: memoryview | bytearray | mmap) -> LogRing:
         """Make zeroed memory of another size a ring with this one's newest records and numbers.
 

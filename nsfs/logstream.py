@@ -266,7 +266,10 @@ class ProcReader:
         """
         if nonblock and not self.log.ring.readable(self.log.ring.syslog_position(token)[0]):
             raise _error(errno.EAGAIN, "kmsg")
-        return await _syslog_read(self.log, size, token)
+        while (data := _syslog_read(self.log.ring, size, token, time=True)) is None:
+            # Another reader may have been quicker.
+            await self.log.wait_past(self.log.ring.syslog_position(token)[0])
+        return data
 
     def poll(self, notify: Callable[[], None] | None = None) -> int:
         """The poll mask, as kmsg_poll() has it; `notify` is called once when that may change."""
@@ -386,27 +389,31 @@ def needs_capability(action: int, *, restricted: bool) -> bool:
     return restricted or action not in (SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_SIZE_BUFFER)
 
 
-async def syslog_action(
-    log: Log, action: int, length: int = 0, *, has_buffer: bool = True, token: int = 0
-) -> tuple[int, bytes | None]:
+def syslog_action(
+    ring: LogRing,
+    action: int,
+    length: int = 0,
+    *,
+    has_buffer: bool = True,
+    token: int = 0,
+    time: bool = True,
+) -> tuple[int, bytes] | None:
     """syslog(2) as do_syslog() has it: what it returns, and what it puts into the buffer.
 
-    `length` is the third argument, `has_buffer` whether the second is not NULL.  SYSLOG_ACTION_READ
-    waits for a record and may be cancelled.  OSError EINVAL: an unknown action, no buffer, a
-    negative length, a console level not from 1 to 8.
+    None: SYSLOG_ACTION_READ has to wait for a record.  `length` is the third argument,
+    `has_buffer` whether the second is not NULL, `time` the parameter printk.time.  What
+    SYSLOG_ACTION_READ_CLEAR gives is to be cleared when it has arrived.  OSError EINVAL: an unknown
+    action, no buffer, a negative length, a console level not from 1 to 8.
     """
-    ring = log.ring
     if action in (SYSLOG_ACTION_READ, SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_READ_CLEAR):
         if not has_buffer or length < 0:
             raise _error(errno.EINVAL, "syslog")
-        if length == 0:
-            return 0, None
         if action == SYSLOG_ACTION_READ:
-            data = await _syslog_read(log, length, token)
+            data = _syslog_read(ring, length, token, time)
+            if data is None:
+                return None
         else:
-            data = _syslog_read_all(ring, length)
-            if action == SYSLOG_ACTION_READ_CLEAR:
-                ring.clear()
+            data = _syslog_read_all(ring, length, time)
         return len(data), data
     if action == SYSLOG_ACTION_CLEAR:
         ring.clear()
@@ -419,29 +426,28 @@ async def syslog_action(
             raise _error(errno.EINVAL, "syslog")
         ring.set_console_level(length)
     elif action == SYSLOG_ACTION_SIZE_UNREAD:
-        return _syslog_unread(ring), None
+        return _syslog_unread(ring, time), b""
     elif action == SYSLOG_ACTION_SIZE_BUFFER:
-        return ring.size, None
+        return ring.size, b""
     elif action not in (SYSLOG_ACTION_CLOSE, SYSLOG_ACTION_OPEN):
         raise _error(errno.EINVAL, "syslog")
-    return 0, None
+    return 0, b""
 
 
-async def _syslog_read(log: Log, size: int, token: int) -> bytes:
-    """syslog_print(): wait, then take whole records, or a part of the first if it does not fit."""
+def _syslog_read(ring: LogRing, size: int, token: int, time: bool) -> bytes | None:
+    """syslog_print(): take whole records, or a part of the first if it does not fit; None when
+    there is none."""
     if size <= 0:
         return b""
-    while not log.ring.readable(log.ring.syslog_position(token)[0]):
-        # Another reader may have been quicker.
-        await log.wait_past(log.ring.syslog_position(token)[0])
-    ring = log.ring
     seq, partial = ring.syslog_position(token)
+    if not ring.readable(seq):
+        return None
     parts: list[bytes] = []
     while size and (found := ring.read(seq)) is not None:
         if isinstance(found, Overrun):
             seq, partial = found.oldest, 0
             continue
-        rest = format_syslog(found)[partial:]
+        rest = format_syslog(found, time)[partial:]
         if len(rest) <= size:
             seq, partial = seq + 1, 0
         elif not parts:
@@ -455,7 +461,7 @@ async def _syslog_read(log: Log, size: int, token: int) -> bytes:
     return b"".join(parts)
 
 
-def _syslog_read_all(ring: LogRing, size: int) -> bytes:
+def _syslog_read_all(ring: LogRing, size: int, time: bool) -> bytes:
     """syslog_print_all(): the newest whole records since the last clear that fit."""
     parts: list[bytes] = []
     seq = ring.next_seq
@@ -464,15 +470,15 @@ def _syslog_read_all(ring: LogRing, size: int) -> bytes:
         found = ring.read(seq)
         assert isinstance(found, Record)
         # find_first_fitting_seq() counts with this length, from which record_print_text() may drop.
-        size -= syslog_length(found)
+        size -= syslog_length(found, time)
         if size < 0:
             break
-        parts.append(format_syslog(found))
+        parts.append(format_syslog(found, time))
     parts.reverse()
     return b"".join(parts)
 
 
-def _syslog_unread(ring: LogRing) -> int:
+def _syslog_unread(ring: LogRing, time: bool) -> int:
     """Bytes that SYSLOG_ACTION_READ would give."""
     seq, partial = ring.syslog_position()
     found = ring.read(seq)
@@ -483,5 +489,5 @@ def _syslog_unread(ring: LogRing) -> int:
     for unread in range(seq, ring.next_seq):
         found = ring.read(unread)
         assert isinstance(found, Record)
-        total += syslog_length(found)
+        total += syslog_length(found, time)
     return total

@@ -47,7 +47,9 @@ _BINDS_MAX = 64
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
 _SYSCTL, _IDMAP_TREE, _OPEN_TTY = 10, 11, 12
 # enum spawner_flag
-_ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE = 1, 2, 4, 8, 16
+_ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
+SYSLOG_FD = 7
+"""INIT_SYSLOG_FD."""
 # enum init_op, enum init_flag, enum init_reply_op
 _EXEC, _WAIT, _PROVE, _GIVE, _REVOKE = 1, 2, 3, 5, 6
 _KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
@@ -85,6 +87,7 @@ STEPS = (
     "the working directory",
     "the terminal",
     "the clocks",
+    "the seccomp filter",
 )
 """Words for enum step."""
 
@@ -130,6 +133,9 @@ class Recipe:
     """Whether what the host mounts later in the original of a tree is seen in it."""
     clocks: str = ""
     """What is written to the time namespace's timens_offsets (time_namespaces(7)), if anything."""
+    syslog: bool = False
+    """Whether its calls of syslog(2) come to a listener, the init's descriptor `SYSLOG_FD`; else it
+    is denied."""
     root_pid: int | None = None
     """Whose root filesystem is shown where there is no rootfs_fd: the host's PID of the init of the
     nearest container above that was given one; None for the parent's or the host's."""
@@ -340,8 +346,10 @@ class Spawner:
         """
         if not recipe.filter and self._filter:
             return await (await self._unfiltered()).make(recipe)
-        flags = (_ROOTFS if recipe.rootfs_fd is not None else 0) | (
-            _IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0
+        flags = (
+            (_ROOTFS if recipe.rootfs_fd is not None else 0)
+            | (_IDMAP if recipe.idmap_rootfs and "user" in recipe.unshare else 0)
+            | (_SYSLOG if recipe.syslog else 0)
         )
         if recipe.clocks and "time" in recipe.unshare:
             flags |= _CLOCKS

@@ -9,6 +9,8 @@
     c/ID.output        what the commands of its `exec` print
     opens              open files: positions in logs, who opened a control file (see `Slots`)
     ready              the containers that are ready
+    syslog             calls of syslog(2) that wait for an answer
+    syslog.landing     the call that is being received (see `syslog`)
     marks              what processes have unlinked, one a line
 
 What is here is written before the kernel is asked to do what it says, so a daemon that dies at any
@@ -215,6 +217,10 @@ class Slots:
         if new:
             words[at] = key
         return True
+
+    def keys(self) -> list[int]:
+        """All keys."""
+        return list(self._slots)
 
     def drop(self, key: int) -> None:
         """The key is no more."""

@@ -1,6 +1,7 @@
 """Typed wrappers for system calls that the os module lacks; each raises OSError with errno,
 the call's name and what it was about.  Sources: mount(2), umount(2), inotify(7), openat2(2),
-setns(2), and Documentation/filesystems/mount_api.rst for fsopen(2) and what follows it.
+setns(2), pidfd_getfd(2), capget(2), seccomp_unotify(2), and
+Documentation/filesystems/mount_api.rst for fsopen(2) and what follows it.
 """
 
 from __future__ import annotations
@@ -94,6 +95,43 @@ def new_mount(fstype: str, options: Mapping[str, str] | None = None) -> int:
         return _check(_lib.nsfs_fsmount(context_fd, attributes), "fsmount", fstype)
     finally:
         os.close(context_fd)
+
+
+def pidfd_getfd(pid: int, fd: int) -> int:
+    """pidfd_getfd(2): a duplicate of a process's descriptor, close-on-exec; EBADF: it has none."""
+    return _check(_lib.nsfs_pidfd_getfd(pid, fd), "pidfd_getfd", str(pid))
+
+
+def effective_capabilities(tid: int) -> int:
+    """The effective set of a thread (capget(2)); none of one that is gone."""
+    words = _ffi.new("unsigned int[2]")
+    if _lib.nsfs_effective(tid, words) < 0:
+        return 0
+    return int(words[1]) << 32 | int(words[0])
+
+
+class Notifications:
+    """Calls that wait at seccomp listeners (seccomp_unotify(2)).
+
+    They are received into `buffer`, 80 bytes for struct seccomp_notif.
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        self._notif = _ffi.from_buffer(buffer, require_writable=True)
+
+    def receive(self, listener_fd: int) -> bool:
+        """Receive one when poll(2) says that there is one; False: it has gone meanwhile."""
+        return bool(_lib.nsfs_notif_recv(listener_fd, self._notif) == 0)
+
+    @staticmethod
+    def is_valid(listener_fd: int, ident: int) -> bool:
+        """Whether the call still waits: not answered, not interrupted, its caller alive."""
+        return bool(_lib.nsfs_notif_valid(listener_fd, ident) == 0)
+
+    @staticmethod
+    def answer(listener_fd: int, ident: int, value: int, error: int = 0) -> bool:
+        """Have the call return `value`, or fail with an errno; False: it does not wait."""
+        return bool(_lib.nsfs_notif_send(listener_fd, ident, 0 if error else value, -error) == 0)
 
 
 class Inotify:

@@ -115,10 +115,10 @@ class World:
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
         self.nursery: trio.Nursery | None = None
-        self.started: Callable[[Container], None] = lambda container: None
-        """A container runs."""
-        self.ended: Callable[[Container], None] = lambda container: None
-        """It does not any more."""
+        self.started: list[Callable[[Container], None]] = []
+        """To be called when a container runs."""
+        self.ended: list[Callable[[Container], None]] = []
+        """When it does not any more."""
         self.claim: Callable[[Container, Build, Caller], Container | None] = lambda *_: None
         """A container that was made in advance, without a name, for such a mkdir (`spare`)."""
         self.subscribe: Callable[[Container, tuple[int, ...]], Awaitable[None]]
@@ -369,7 +369,8 @@ class World:
                 container.watches.append(watch)
                 self._watched[watch] = functools.partial(self.look_at, container)
         self.notices.started(container)
-        self.started(container)
+        for tell in self.started:
+            tell(container)
 
     def unwatch(self, container: Container) -> None:
         """The inverse."""
@@ -379,7 +380,8 @@ class World:
         container.watches.clear()
         self.views.ended(container)
         self.notices.ended(container)
-        self.ended(container)
+        for tell in self.ended:
+            tell(container)
 
     def watch_file(self, path: str, tell: Callable[[], object]) -> int:
         """Be told of changes of a file that the kernel tells of (cgroup_file_notify()); for

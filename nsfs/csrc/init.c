@@ -1,7 +1,8 @@
 /*
  * nsfs-init - PID 1 of a container.
  *
- *   nsfs-init FLAGS      FLAGS: `c` there is a cgroup namespace, `s` be a subreaper (no PID namespace of its own)
+ *   nsfs-init FLAGS      FLAGS: `c` there is a cgroup namespace, `s` be a subreaper (no PID namespace of its own),
+ *                        `l` have syslog(2) answered by the daemon, `d` deny it
  *
  * It reaps, and it forks commands for those who connect to its socket: a command forked from inside is in
  * every namespace, cgroup and limit at once.  It is executed by the spawner after the user namespace was
@@ -26,9 +27,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <asm/ioctls.h>
+#include <linux/audit.h>
 #include <linux/close_range.h>
+#include <linux/filter.h>
 #include <linux/prctl.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -698,6 +702,56 @@ static void serve(void)
 	}
 }
 
+/* --- syslog(2): whoever is in the container inherits this filter --- */
+
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define WHEN(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
+#define RETURN(value) BPF_STMT(BPF_RET | BPF_K, (value))
+
+/* What is done with syslog(2); of any other call the kernel finds out beforehand that it is allowed, and remembers. */
+static long filter_syslog(uint32_t action, unsigned int flags)
+{
+	const struct sock_filter filter[] = {
+#if defined(__x86_64__)
+		/* The same number on x86-64 and i386; x32 has it with one bit set.  Other architectures the denylist
+		 * knows, which is asked as well. */
+		LOAD(nr),
+		BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xbfffffff),
+		WHEN(103, 0, 1),
+#else
+		LOAD(arch),
+		WHEN(AUDIT_ARCH_ARM, 0, 2),
+		LOAD(nr),
+		WHEN(103, 2, 3),
+		LOAD(nr),
+		WHEN(116, 0, 1),
+#endif
+		RETURN(action),
+		RETURN(SECCOMP_RET_ALLOW),
+	};
+	const struct sock_fprog program = { .len = sizeof(filter) / sizeof(filter[0]),
+		.filter = (struct sock_filter *)filter };
+
+	return CALL(seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+}
+
+/* Without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: a wait for the next record is to be ended by any signal, and by the
+ * freezer, as the kernel's own is. */
+static long redirect_syslog(void)
+{
+	const long fd = filter_syslog(SECCOMP_RET_USER_NOTIF, SECCOMP_FILTER_FLAG_NEW_LISTENER);
+	long result;
+
+	/* EBUSY: whoever started nsfs has a listener already, and there can be one only. */
+	if (fd == -EBUSY)
+		return filter_syslog(SECCOMP_RET_ERRNO | EPERM, 0);
+	if (fd < 0 || fd == INIT_SYSLOG_FD)
+		return fd < 0 ? fd : 0;
+	result = CALL(dup3, fd, INIT_SYSLOG_FD, O_CLOEXEC);
+	CALL(close, fd);
+	return result < 0 ? result : 0;
+}
+
 /* Start the second thread; returns its ID or -errno. */
 static long start_thread(void)
 {
@@ -761,6 +815,11 @@ static void run(const char *flags)
 	/* One who connected and left at once must not make us wait for the next. */
 	if ((result = CALL(fcntl, INIT_LISTEN_FD, F_SETFL, O_NONBLOCK)))
 		ready(STEP_EXEC, result);
+	/* Before there is another thread to have it, or another descriptor of that number. */
+	if (has_char(flags, 'l') && (result = redirect_syslog()))
+		ready(STEP_FILTER, result);
+	if (has_char(flags, 'd') && (result = filter_syslog(SECCOMP_RET_ERRNO | EPERM, 0)))
+		ready(STEP_FILTER, result);
 	result = CALL(signalfd4, -1, &sigchld, sizeof(sigchld), SFD_CLOEXEC | SFD_NONBLOCK);
 	if (result < 0)
 		ready(STEP_LIMIT, result);

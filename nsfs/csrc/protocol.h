@@ -46,6 +46,7 @@ enum spawner_flag {
 	FLAG_CLOCKS = 8,	/* OP_MAKE: the last string is for the time namespace's timens_offsets */
 	FLAG_SLAVE = 16,	/* OP_MAKE, OP_BIND: what is mounted later in the host's original of a tree is seen in it */
 	FLAG_READ_ONLY = 4,	/* OP_BIND; of a bind in OP_MAKE: struct spawner_request.read_only */
+	FLAG_SYSLOG = 32,	/* OP_MAKE: syslog(2) is answered by the daemon; else it is denied */
 };
 
 enum spawner_feature {
@@ -116,6 +117,7 @@ enum step {
 	STEP_DIRECTORY,		/* a command's working directory */
 	STEP_TERMINAL,
 	STEP_CLOCKS,
+	STEP_FILTER,		/* seccomp */
 };
 
 /* --- spawner to init, by argv and descriptors --- */
@@ -124,6 +126,9 @@ enum step {
 #define INIT_PAYLOAD_FD 4	/* O_PATH of ID/payload */
 #define INIT_READY_FD 5		/* takes one struct init_result, then is closed */
 #define INIT_CGROUP_NS_FD 6	/* with flag `c`: the cgroup namespace rooted at ID/payload */
+/* With flag `l`, and made by the init itself: the listener of its seccomp filter, which has the container's calls of
+ * syslog(2).  The daemon gets it by pidfd_getfd(2), each anew; it is not there if the kernel gave none. */
+#define INIT_SYSLOG_FD 7
 
 struct init_result {
 	int32_t error;		/* 0 or -errno */
@@ -212,6 +217,23 @@ struct entry_offer {
 };
 
 #define ENTRY_NO_PROOF 0xffffffffU
+
+/* --- daemon to nsfs-uaccess; one request at a time --- */
+
+#define UACCESS_SOCKET_FD 3
+#define UACCESS_DATA_FD 4
+
+struct uaccess_request {
+	uint64_t id;		/* of the call, as the listener that is sent along has it */
+	uint64_t address;
+	int64_t value;		/* what the call returns */
+	uint32_t tid;		/* the host's */
+	uint32_t length;
+};
+
+struct uaccess_reply {
+	int32_t error;		/* 0: answered with `value`; -EFAULT, -EPERM: answered with that; -ENOENT: gone */
+};
 
 /* --- daemon to nsfs-tracer --- */
 

@@ -126,6 +126,7 @@ struct left {
 static int socket_fd = -1, root_fd = -1, proc_fd = -1, signal_fd = -1;
 static int host_mnt_fd = -1, own_mnt_fd = -1, own_uts_fd = -1, nobody_fd = -1;
 static int fuse_fd = -1;
+static bool filtered;	/* we have the denylist, and so has who descends from us */
 static uint32_t features;
 static struct job jobs[JOBS_MAX];
 static struct request request;
@@ -783,11 +784,11 @@ static int set_up_mounts(int channel_fd)
 #define WHEN(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
 #define RETURN(value) BPF_STMT(BPF_RET | BPF_K, (value))
 /*
- * The seven that are denied and umount2, of one architecture; after it: allow, test the flags, deny.
- * syslog(2) would read the host's kernel log, which the initial user namespace alone guards.
+ * The six that are denied and umount2, of one architecture; after it: allow, test the flags, deny.
+ * syslog(2), which would read the host's kernel log, is the init's to filter.
  */
-#define DENYLIST(syslog, kexec_load, kexec_file, by_handle, init, finit, delete, umount)		\
-	WHEN(syslog, 10, 0), WHEN(kexec_load, 9, 0), WHEN(kexec_file, 8, 0), WHEN(by_handle, 7, 0),			\
+#define DENYLIST(kexec_load, kexec_file, by_handle, init, finit, delete, umount)		\
+	WHEN(kexec_load, 9, 0), WHEN(kexec_file, 8, 0), WHEN(by_handle, 7, 0),			\
 	WHEN(init, 6, 0), WHEN(finit, 5, 0), WHEN(delete, 4, 0), WHEN(umount, 1, 0),		\
 	RETURN(SECCOMP_RET_ALLOW),								\
 	/* args[] are 64 bits, little-endian; the flags are an int */				\
@@ -797,24 +798,24 @@ static int set_up_mounts(int channel_fd)
 static const struct sock_filter filter[] = {
 	LOAD(arch),
 #if defined(__x86_64__)
-	WHEN(AUDIT_ARCH_I386, 0, 15),
+	WHEN(AUDIT_ARCH_I386, 0, 14),
 	LOAD(nr),
-	DENYLIST(103, 283, 0xffffffff, 342, 128, 350, 129, 52),
-	WHEN(AUDIT_ARCH_X86_64, 0, 17),
+	DENYLIST(283, 0xffffffff, 342, 128, 350, 129, 52),
+	WHEN(AUDIT_ARCH_X86_64, 0, 16),
 	LOAD(nr),
 	/* x32: the same numbers with one bit, but for kexec_load */
-	WHEN(0x40000000 | 528, 16, 0),
+	WHEN(0x40000000 | 528, 15, 0),
 	BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xbfffffff),
-	DENYLIST(103, 246, 320, 304, 175, 313, 176, 166),
+	DENYLIST(246, 320, 304, 175, 313, 176, 166),
 	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
 	RETURN(DENY),
 #elif defined(__aarch64__)
-	WHEN(AUDIT_ARCH_ARM, 0, 15),
+	WHEN(AUDIT_ARCH_ARM, 0, 14),
 	LOAD(nr),
-	DENYLIST(103, 347, 401, 371, 128, 379, 129, 52),
-	WHEN(AUDIT_ARCH_AARCH64, 0, 15),
+	DENYLIST(347, 401, 371, 128, 379, 129, 52),
+	WHEN(AUDIT_ARCH_AARCH64, 0, 14),
 	LOAD(nr),
-	DENYLIST(116, 104, 294, 265, 105, 273, 106, 39),
+	DENYLIST(104, 294, 265, 105, 273, 106, 39),
 	RETURN(SECCOMP_RET_ERRNO | ENOSYS),
 #else
 #error "the system-call numbers of this architecture are not known"
@@ -869,7 +870,7 @@ static int drop_capabilities(void)
 static int execute_init(int channel_fd)
 {
 	static char *const environment[] = { NULL };
-	char flags[4], *argv[] = { (char *)"nsfs-init", flags, NULL };
+	char flags[8], *argv[] = { (char *)"nsfs-init", flags, NULL };
 	size_t n = 0;
 
 	step = STEP_EXEC;
@@ -877,6 +878,10 @@ static int execute_init(int channel_fd)
 		flags[n++] = 'c';
 	if (!own(CLONE_NEWPID))
 		flags[n++] = 's';
+	if (request.head.flags & FLAG_SYSLOG)
+		flags[n++] = 'l';
+	else if (filtered)
+		flags[n++] = 'd';
 	flags[n] = '\0';
 	if (dup3(request.listen_fd, INIT_LISTEN_FD, 0) < 0 ||
 	    dup3(request.payload_fd, INIT_PAYLOAD_FD, 0) < 0 ||
@@ -2276,7 +2281,8 @@ int main(int argc, char **argv)
 	own_mnt_fd = keep(open_ns(getpid(), "mnt"), "own mount namespace");
 	own_user_ino = ns_ino(getpid(), "user");
 	try_features();
-	if (argc < 4)
+	filtered = argc < 4;
+	if (filtered)
 		need(install_filter(), "seccomp");
 
 	/* From here on 0, 1, 2 are what an init has, and 3 to 19 are closed by its exec. */

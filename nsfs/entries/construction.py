@@ -1,11 +1,13 @@
-"""How a container is built: `rootfs`, `idmap`, `unshare`, `binds`, and `defaults/` for those made
-in it.
+"""How a container is built: `rootfs`, `idmap`, `unshare`, `seccomp`, `binds`, and `defaults/` for
+those made in it.
 
 rootfs   0644: `host` (the parent's root filesystem alone, read-only) or an absolute path as the
          writer sees it
 idmap    0644: `auto`, `host` (the parent's own IDs), or lines `INSIDE PARENT COUNT`
 unshare  0644: the types that it has namespaces of its own of; `syslog` is one of them
 binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
+seccomp  0644: what becomes of syslog(2): `notify` (it acts on the container's log, by seccomp user
+         notification) or `deny` (EPERM, and members may use such notification themselves)
 network  in `defaults/` only: `none` (its own, with loopback up) or `host` (the parent's)
 limits   in `defaults/` only: lines `NAME VALUE`, named as in cgroup v2
 log      in `defaults/` only: see `loglimits`
@@ -112,6 +114,18 @@ def format_network(network: str) -> str:
     return f"{network}\n"
 
 
+def parse_seccomp(value: str) -> str:
+    """`notify` or `deny`."""
+    if value not in ("notify", "deny"):
+        raise invalid(value)
+    return value
+
+
+def format_seccomp(seccomp: str) -> str:
+    """The inverse."""
+    return f"{seccomp}\n"
+
+
 def parse_limits(value: str) -> Limits:
     """Lines NAME VALUE; whether the kernel takes a value is seen when it is given to it."""
     return limits.parse_lines(line for line in value.splitlines() if line.strip())
@@ -136,6 +150,7 @@ PARTS: dict[str, tuple[Parse, Format]] = {
     "idmap": (parse_idmap, format_idmap),
     "unshare": (parse_unshare, format_unshare),
     "binds": (parse_binds, format_binds),
+    "seccomp": (parse_seccomp, format_seccomp),
     "network": (parse_network, format_network),
     "limits": (parse_limits, format_limits),
 }
@@ -189,6 +204,6 @@ def _default(name: str) -> Attribute:
 
 
 FILES = (
-    *(_own(name) for name in ("rootfs", "idmap", "unshare", "binds")),
+    *(_own(name) for name in ("rootfs", "idmap", "unshare", "seccomp", "binds")),
     Directory("defaults", entries=(*(_default(name) for name in PARTS), loglimits.DEFAULT)),
 )

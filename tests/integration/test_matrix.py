@@ -70,6 +70,7 @@ RULES: dict[str, tuple[str, int, str]] = {
     "pid/max": ("owner", 0o644, ""),
     "procs": ("owner", 0o755, ""),
     "rootfs": ("parent", 0o644, "not root"),
+    "seccomp": ("parent", 0o644, "not root"),
     "stat": ("owner", 0o444, ""),
     "state": ("owner", 0o444, ""),
     "time": ("owner", 0o755, ""),

@@ -554,8 +554,3 @@ def test_paths_are_resolved_with_the_rights_of_who_named_them(tree: Path) -> Non
     refused(errno.EACCES, os.mkdir, tree / "alice/db")
     done = as_alice("bash", "-c", f"echo {secret}/below > {tree}/alice/web/rootfs")
     assert "Permission denied" in done.stderr
-
-
-def test_the_host_log_is_out_of_reach_of_syslog(web: Container) -> None:
-    out = web.run_code("dmesg -S")[1]
-    assert "Operation not permitted" in out

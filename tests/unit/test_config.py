@@ -87,6 +87,7 @@ binds =
     ; in between
 \t/data //srv/data rw
 network = host
+seccomp = deny
 limits =
     memory.max 512M
     cpu.max   50000   100000
@@ -123,6 +124,7 @@ modules =
             "idmap": "host",
             "binds": (("/opt/tools", "/opt/tools", "ro"), ("/data", "/srv/data", "rw")),
             "network": "host",
+            "seccomp": "deny",
             "limits": (
                 ("memory.max", str(512 * 2**20)),
                 ("cpu.max", "50000 100000"),

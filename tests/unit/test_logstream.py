@@ -494,7 +494,7 @@ async def test_all_proc_readers_and_syslog_share_the_position() -> None:
     fill(log, b"one", b"two", b"three")
     one = len(proc(b"one"))
     assert await ProcReader(log).read(one, nonblock=True) == proc(b"one")
-    assert await syslog_action(log, SYSLOG_ACTION_READ, one) == (one, proc(b"two"))
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, one) == (one, proc(b"two"))
     assert await ProcReader(log).read(BIG, nonblock=True) == proc(b"three")
     # and disturb nobody else
     assert await DeviceReader(log).read(BIG, 0, nonblock=True) == device(0, b"one")
@@ -703,13 +703,13 @@ async def test_read_all() -> None:
     log = make()
     fill(log, b"one", b"two\nlines", b"three")
     everything = proc(b"one") + proc(b"two") + proc(b"lines") + proc(b"three")
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, BIG) == (len(everything), everything)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, BIG) == (len(everything), everything)
     exact = len(everything)
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, exact) == (exact, everything)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, exact) == (exact, everything)
     # Measured: the newest records that fit whole, and 0 when none does.
     newest = proc(b"three")
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, 45) == (len(newest), newest)
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, 10) == (0, b"")
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, 45) == (len(newest), newest)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, 10) == (0, b"")
     assert await ProcReader(log).read(BIG, nonblock=True) == everything
 
 
@@ -717,12 +717,13 @@ async def test_read_all() -> None:
 async def test_read_clear(length: int) -> None:
     log = make()
     fill(log, b"one", b"two")
-    got, data = await syslog_action(log, SYSLOG_ACTION_READ_CLEAR, length)
+    got, data = syslog_action(log.ring, SYSLOG_ACTION_READ_CLEAR, length)
     assert data == (proc(b"one") + proc(b"two") if length == BIG else b"")
     assert got == len(data)
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, BIG) == (0, b"")
+    log.ring.clear()
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, BIG) == (0, b"")
     fill(log, b"three")
-    assert (await syslog_action(log, SYSLOG_ACTION_READ_ALL, BIG))[1] == proc(b"three")
+    assert (syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, BIG))[1] == proc(b"three")
     # Nothing is removed: /dev/kmsg and /proc/kmsg have it all.
     assert await DeviceReader(log).read(BIG, 0, nonblock=True) == device(0, b"one")
     assert (await ProcReader(log).read(BIG, nonblock=True)).count(b"\n") == 3
@@ -731,62 +732,73 @@ async def test_read_clear(length: int) -> None:
 async def test_clear() -> None:
     log = make()
     fill(log, b"one")
-    assert await syslog_action(log, SYSLOG_ACTION_CLEAR, has_buffer=False) == (0, None)
-    assert await syslog_action(log, SYSLOG_ACTION_READ_ALL, BIG) == (0, b"")
+    assert syslog_action(log.ring, SYSLOG_ACTION_CLEAR, has_buffer=False) == (0, b"")
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ_ALL, BIG) == (0, b"")
 
 
-async def test_read_waits(autojump_clock: trio.testing.MockClock) -> None:
+async def test_read_has_to_wait() -> None:
     log = make()
-    got: list[tuple[int, bytes | None]] = []
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, BIG) is None
+    fill(log, b"one")
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, BIG) == (len(proc(b"one")), proc(b"one"))
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, BIG) is None
 
-    async def read() -> None:
-        got.append(await syslog_action(log, SYSLOG_ACTION_READ, BIG))
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read)
-        await wait_all_tasks_blocked()
-        assert got == []
-        fill(log, b"one")
-    assert got == [(len(proc(b"one")), proc(b"one"))]
-    with trio.move_on_after(1) as scope:
-        await read()
-    assert scope.cancelled_caught
+async def test_without_time() -> None:
+    log = make()
+    fill(log, b"one")
+    for action in (SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_READ):
+        assert syslog_action(log.ring, action, BIG, time=False) == (8, b"<14>one\n")
+
+
+async def test_what_was_not_taken_is_read_again() -> None:
+    log = make()
+    fill(log, b"one", b"two")
+    first = syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=9)
+    log.ring.undo_syslog_position(8)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_UNREAD) == (len(proc(b"two")), b"")
+    log.ring.undo_syslog_position(9)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=10) == first
+    syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=11)
+    # Somebody else has read since.
+    log.ring.undo_syslog_position(10)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, 30) is None
 
 
 async def test_read_asked_again() -> None:
     log = make()
     fill(log, b"one", b"two")
-    first = await syslog_action(log, SYSLOG_ACTION_READ, 30, token=9)
-    assert await syslog_action(log, SYSLOG_ACTION_READ, 30, token=9) == first
+    first = syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=9)
+    assert syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=9) == first
     assert first[1] == proc(b"one")
-    assert (await syslog_action(log, SYSLOG_ACTION_READ, 30, token=10))[1] == proc(b"two")
+    assert (syslog_action(log.ring, SYSLOG_ACTION_READ, 30, token=10))[1] == proc(b"two")
 
 
 async def test_size_unread() -> None:
     log = make(512)
-    assert await syslog_action(log, SYSLOG_ACTION_SIZE_UNREAD) == (0, None)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_UNREAD) == (0, b"")
     fill(log, b"one", b"two\nlines")
     everything = proc(b"one") + proc(b"two") + proc(b"lines")
-    assert await syslog_action(log, SYSLOG_ACTION_SIZE_UNREAD) == (len(everything), None)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_UNREAD) == (len(everything), b"")
     await ProcReader(log).read(5, nonblock=True)
-    assert await syslog_action(log, SYSLOG_ACTION_SIZE_UNREAD) == (len(everything) - 5, None)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_UNREAD) == (len(everything) - 5, b"")
     wrap(log)
     left = log.ring.next_seq - log.ring.first_seq
     expected = len(proc(b"x" * 50)) * left
-    assert await syslog_action(log, SYSLOG_ACTION_SIZE_UNREAD) == (expected, None)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_UNREAD) == (expected, b"")
     assert log.ring.syslog_position() == (log.ring.first_seq, 0)
 
 
 async def test_size_buffer() -> None:
     log = make(4096)
-    assert await syslog_action(log, SYSLOG_ACTION_SIZE_BUFFER, has_buffer=False) == (4096, None)
+    assert syslog_action(log.ring, SYSLOG_ACTION_SIZE_BUFFER, has_buffer=False) == (4096, b"")
 
 
 async def test_console_level() -> None:
     log = make()
 
     async def level(action: int, length: int = 0) -> int:
-        assert await syslog_action(log, action, length, has_buffer=False) == (0, None)
+        assert syslog_action(log.ring, action, length, has_buffer=False) == (0, b"")
         return log.ring.console_level
 
     assert await level(SYSLOG_ACTION_CONSOLE_LEVEL, 8) == 8
@@ -800,7 +812,7 @@ async def test_console_level() -> None:
 
 @pytest.mark.parametrize("action", [SYSLOG_ACTION_OPEN, SYSLOG_ACTION_CLOSE])
 async def test_open_and_close_do_nothing(action: int) -> None:
-    assert await syslog_action(make(), action, -1, has_buffer=False) == (0, None)
+    assert syslog_action(make().ring, action, -1, has_buffer=False) == (0, b"")
 
 
 @pytest.mark.parametrize(
@@ -809,13 +821,13 @@ async def test_open_and_close_do_nothing(action: int) -> None:
 async def test_read_arguments(action: int) -> None:
     log = make()  # measured for READ_ALL
     with fails(errno.EINVAL):
-        await syslog_action(log, action, 5, has_buffer=False)
+        syslog_action(log.ring, action, 5, has_buffer=False)
     with fails(errno.EINVAL):
-        await syslog_action(log, action, 0, has_buffer=False)
+        syslog_action(log.ring, action, 0, has_buffer=False)
     with fails(errno.EINVAL):
-        await syslog_action(log, action, -1)
+        syslog_action(log.ring, action, -1)
     fill(log, b"one")
-    assert await syslog_action(log, action, 0) == (0, None)
+    assert syslog_action(log.ring, action, 0) == (0, b"")
     assert log.ring.clear_seq == 0
 
 
@@ -833,7 +845,7 @@ async def test_read_arguments(action: int) -> None:
 async def test_bad_actions(action: int, length: int) -> None:
     log = make()
     with fails(errno.EINVAL):
-        await syslog_action(log, action, length)
+        syslog_action(log.ring, action, length)
     assert log.ring.console_level == 7
 
 

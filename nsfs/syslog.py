@@ -1,0 +1,683 @@
+"""syslog(2) inside: calls come by seccomp user notification and act on the container's log.
+
+A container's init has installed a filter, which all that is in the container inherits, and keeps
+its listener (csrc/init.c); we have a duplicate.  So nothing depends on us: while there is no daemon
+calls wait, and the next daemon has a duplicate as well.  What it cannot have from the listener are
+calls that were received and not answered.  Therefore a call is received into shared memory (the
+landing), and what cannot be answered at once is put into `Slots` before the next call is received.
+
+A call that waits (SYSLOG_ACTION_READ in an empty log) is ended by any signal, by the caller's death
+and by the freezer, as the kernel's own would be; nobody tells us of that.  So a waiting call is
+asked whether it still waits before anything is done for it, and now and then those that do not are
+forgotten.
+
+Callers' memory is written by nsfs-uaccess (csrc/uaccess.c), since a page fault there may take as
+long as somebody likes, and at most one such process waits for each container.  The others' calls
+are not held up by that: who has once made it wait shares a slow `_Lane` with his like.
+
+What the kernel does is do_syslog() of kernel/printk/printk.c in Linux 6.18, and ns_capable() where
+that asks for capable(): the user namespace is the one that the container had when it got its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import trio
+
+from nsfs import namespaces
+from nsfs.container import Container
+from nsfs.logstream import (
+    SYSLOG_ACTION_CLEAR,
+    SYSLOG_ACTION_READ,
+    SYSLOG_ACTION_READ_ALL,
+    SYSLOG_ACTION_READ_CLEAR,
+    Log,
+    needs_capability,
+    syslog_action,
+)
+from nsfs.spawner import LIBEXEC, SYSLOG_FD
+from nsfs.store import Slots, map_file
+from nsfs.syscalls import Notifications, effective_capabilities, pidfd_getfd
+from nsfs.world import World
+
+log = logging.getLogger(__name__)
+
+WAITING_MAX = 1024
+"""Calls that wait at one log, or for one container's memory; further ones fail with EAGAIN."""
+AT_ONCE = 32
+"""Calls received, each of another container, before others' requests have their turn."""
+PROMPT_S = 0.25
+"""How long it may take to write into a caller's memory without being called slow."""
+PATIENT_S = 10.0
+"""How long then; the call fails with EFAULT."""
+SLOW_S = 60.0
+"""How long a container is called slow."""
+USER_TOP = 1 << 56
+"""Above is no user's address, on any architecture (access_ok())."""
+
+_READS = (SYSLOG_ACTION_READ, SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_READ_CLEAR)
+# struct seccomp_notif: id, pid, flags, nr, arch, instruction pointer, three of six arguments
+_NOTIF = struct.Struct("=QIIiIQQQQ24x")
+_NOTIF_AT = 8
+_REQUEST = struct.Struct("=QQqII")
+_REPLY = struct.Struct("=i")
+_SOCKET_FD, _DATA_FD = 3, 4
+_CAP_SYS_ADMIN, _CAP_SYSLOG = 21, 34
+_INITIAL_USER_INO = 0xEFFFFFFD  # PROC_USER_INIT_INO
+_NS_GET_PARENT, _NS_GET_OWNER_UID = 0xB702, 0xB704
+
+
+class Call(NamedTuple):
+    """One syslog(2).  `ident` is the listener's name for it, `tid` the host's."""
+
+    ident: int
+    tid: int
+    action: int
+    length: int
+    address: int
+
+
+def _int(value: int) -> int:
+    """The C int in an argument."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+class Listener:
+    """The calls of one container."""
+
+    __slots__ = ("calls", "container", "fd", "lane", "slow_until", "stuck", "user_ino")
+
+    def __init__(self, container: Container, fd: int, user_ino: int) -> None:
+        self.container = container
+        self.fd = fd
+        self.user_ino = user_ino
+        """Its user namespace."""
+        self.calls = _Waiting()
+        """Those that are to be given something."""
+        self.lane: _Lane | None = None
+        """Where they have their turn."""
+        self.stuck = False
+        """A process that was killed because it waited for its memory has not ended yet."""
+        self.slow_until = 0.0
+
+    def is_valid(self, call: Call) -> bool:
+        """Whether the call still waits."""
+        return self.fd >= 0 and Notifications.is_valid(self.fd, call.ident)
+
+
+class _Waiting:
+    """Calls that wait, the oldest first; of those that do not any more not many."""
+
+    SWEEP_AT = 64
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Listener, Call]] = deque()
+        self._sweep_at = self.SWEEP_AT
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[tuple[Listener, Call]]:
+        return iter(self._calls)
+
+    def add(self, listener: Listener, call: Call) -> list[Call]:
+        """Add one; returns those that were forgotten."""
+        gone: list[Call] = []
+        if len(self._calls) >= self._sweep_at:
+            gone = self.sweep()
+            self._sweep_at = max(self.SWEEP_AT, 2 * len(self._calls))
+        self._calls.append((listener, call))
+        return gone
+
+    def add_first(self, listener: Listener, call: Call) -> None:
+        """Add one that has been taken."""
+        self._calls.appendleft((listener, call))
+
+    def sweep(self) -> list[Call]:
+        """Forget those that do not wait; returns them."""
+        gone = [call for listener, call in self._calls if not listener.is_valid(call)]
+        if gone:
+            known = set(gone)
+            self._calls = deque(each for each in self._calls if each[1] not in known)
+        return gone
+
+    def take(self) -> tuple[Listener, Call]:
+        """The oldest."""
+        return self._calls.popleft()
+
+
+class Gift(NamedTuple):
+    """What a call is to be given."""
+
+    listener: Listener
+    call: Call
+    log: Log
+    value: int
+    data: bytes
+    next_seq: int
+
+
+class _Writer:
+    """A process nsfs-uaccess."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.data_fd = os.memfd_create("nsfs-uaccess", os.MFD_CLOEXEC)
+        with theirs:
+            self.pid = os.posix_spawn(
+                LIBEXEC / "nsfs-uaccess",
+                ["nsfs-uaccess"],
+                {},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD),
+                    (os.POSIX_SPAWN_DUP2, self.data_fd, _DATA_FD),
+                ],
+            )
+        self.pid_fd = os.pidfd_open(self.pid)
+        self.socket = ours
+        ours.setblocking(False)
+
+    def give(self, gift: Gift) -> None:
+        """Have it done; a ConnectionError when the process has died."""
+        os.pwrite(self.data_fd, gift.data, 0)
+        call = gift.call
+        request = _REQUEST.pack(
+            call.ident, call.address, gift.value, call.tid & 0xFFFFFFFF, len(gift.data)
+        )
+        socket.send_fds(self.socket, [request], [gift.listener.fd], socket.MSG_NOSIGNAL)
+
+    def result(self) -> int | None:
+        """0 or an errno; None when there is no answer."""
+        try:
+            data = self.socket.recv(_REPLY.size)
+        except OSError:
+            return None
+        return -int(_REPLY.unpack(data)[0]) if len(data) == _REPLY.size else None
+
+    async def end(self) -> int | None:
+        """Kill it and see it gone, which may take time; returns what it had said at last."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pid_fd, signal.SIGKILL)
+        await trio.lowlevel.wait_readable(self.pid_fd)
+        os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
+        said = self.result()
+        self.close()
+        return said
+
+    def close(self) -> None:
+        """It ends by itself."""
+        self.socket.close()
+        os.close(self.pid_fd)
+        os.close(self.data_fd)
+
+
+class _Lane:
+    """One process nsfs-uaccess, and whose calls it does in turn."""
+
+    def __init__(self, syslog: Syslog, patience_s: float) -> None:
+        self._syslog = syslog
+        self.patience_s = patience_s
+        self._turns: deque[Listener] = deque()
+        self._current: Gift | None = None
+        self._writer: _Writer | None = None
+        self._begun = trio.Event()
+
+    def join(self, listener: Listener) -> None:
+        """A listener has calls."""
+        listener.lane = self
+        self._turns.append(listener)
+        self._next()
+
+    def _next(self) -> None:
+        """Begin with the next call that is to be given something."""
+        while self._current is None and self._turns:
+            listener = self._turns.popleft()
+            gift = None
+            if len(listener.calls):
+                gift = self._syslog.prepare(*listener.calls.take())
+            if len(listener.calls):
+                self._turns.append(listener)
+            elif gift is None:
+                listener.lane = None
+            if gift is not None:
+                self._begin(gift)
+
+    def _begin(self, gift: Gift) -> None:
+        for _ in range(2):
+            if self._writer is None:
+                self._writer = _Writer()
+            try:
+                self._writer.give(gift)
+                break
+            except ConnectionError:
+                self._syslog.bury(self._writer)
+                self._writer = None
+        self._current = gift
+        self._begun.set()
+
+    async def run(self) -> None:
+        """See what becomes of them; for ever."""
+        try:
+            while True:
+                if self._current is None:
+                    self._begun = trio.Event()
+                    await self._begun.wait()
+                assert self._current is not None
+                if self._writer is None:
+                    await self._give_up()
+                    continue
+                with trio.move_on_after(self.patience_s) as scope:
+                    await trio.lowlevel.wait_readable(self._writer.socket)
+                result = None if scope.cancelled_caught else self._writer.result()
+                if result is None:
+                    await self._give_up()
+                else:
+                    self._done(self._current, result)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _done(self, gift: Gift, error: int) -> None:
+        self._current = None
+        listener = gift.listener
+        if listener.lane is self and listener not in self._turns:
+            listener.lane = None
+        self._syslog.finished(gift, error)
+        self._next()
+
+    async def _give_up(self) -> None:
+        """The process waits for the caller's memory, or has been killed."""
+        gift, writer = self._current, self._writer
+        assert gift is not None
+        self._current = self._writer = None
+        with contextlib.suppress(ValueError):
+            self._turns.remove(gift.listener)
+        gift.listener.lane = None
+        self._syslog.give_up(self, gift, writer)
+        self._next()
+        await trio.lowlevel.checkpoint()
+
+
+class Syslog:
+    """All calls of syslog(2) in all containers of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        directory = world.store.directory
+        self._epoll = select.epoll()
+        self._listeners: dict[int, Listener] = {}
+        self._of: dict[int, Listener] = {}
+        """By the container's number."""
+        self._landing = map_file(os.path.join(directory, "syslog.landing"), 4096)
+        """The container's number, then struct seccomp_notif."""
+        self._landed = memoryview(self._landing).cast("Q")
+        notif = memoryview(self._landing)[_NOTIF_AT : _NOTIF_AT + _NOTIF.size]
+        self._notifications = Notifications(notif)
+        self._slots = Slots(os.path.join(directory, "syslog"))
+        self._waiting: dict[Log, _Waiting] = {}
+        self._reading: set[Log] = set()
+        """Of which records are on their way to a caller."""
+        self._due: set[Log] = set()
+        self._bell = trio.Event()
+        self._restrict_fd = _open_setting("/proc/sys/kernel/dmesg_restrict")
+        self._time_fd = _open_setting("/sys/module/printk/parameters/time")
+        self._prompt, self._patient = _Lane(self, PROMPT_S), _Lane(self, PATIENT_S)
+        self._left = self._take_up()
+        world.started.append(self._started)
+        world.ended.append(self._ended)
+
+    # --- which listeners there are ---
+
+    def _take_up(self) -> dict[int, list[Call]]:
+        """What the last daemon had received and not answered, by the container's number."""
+        if self._landed[1]:
+            self._record(self._landed[0], self._landed_call())
+            self._landed[1] = 0
+        left: dict[int, list[Call]] = {}
+        for ident in self._slots.keys():  # noqa: SIM118 - no dict
+            number, address, packed, length = self._slots.get(ident) or (0, 0, 0, 0)
+            call = Call(ident, packed & 0xFFFFFFFF, _int(packed >> 32), _int(length), address)
+            left.setdefault(number, []).append(call)
+        return left
+
+    def _record(self, number: int, call: Call) -> bool:
+        packed = call.tid | (call.action & 0xFFFFFFFF) << 32
+        return self._slots.put(call.ident, number, call.address, packed, call.length & 0xFFFFFFFF)
+
+    def _started(self, container: Container) -> None:
+        """Take up a container's listener, if it has one."""
+        if container.build.seccomp != "notify":
+            return
+        try:
+            fd = pidfd_getfd(container.init_pid, SYSLOG_FD)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                log.info("%s: syslog(2) is denied: another has a listener", container.name)
+            elif error.errno != errno.ESRCH:
+                log.warning("%s: syslog(2) is not answered: %s", container.name, error)
+            return
+        try:
+            user_ino = namespaces.identity(container.init_pid, "user")
+        except OSError:
+            os.close(fd)
+            return
+        listener = Listener(container, fd, user_ino)
+        self._listeners[fd] = self._of[container.number] = listener
+        self._epoll.register(fd, select.EPOLLIN)
+        for call in self._left.pop(container.number, ()):
+            if listener.is_valid(call):
+                self._serve(listener, call)
+            else:
+                self._slots.drop(call.ident)
+
+    def _ended(self, container: Container) -> None:
+        listener = self._of.get(container.number)
+        if listener is not None:
+            self._forget(listener)
+
+    def _forget(self, listener: Listener) -> None:
+        """The container has ended: whoever waited has gone with it."""
+        self._epoll.unregister(listener.fd)
+        del self._listeners[listener.fd], self._of[listener.container.number]
+        os.close(listener.fd)
+        listener.fd = -1
+        self._drop(listener.calls.sweep())
+        for owner, waiting in list(self._waiting.items()):
+            if any(each is listener for each, _ in waiting):
+                self._drop(waiting.sweep())
+                self._ring(owner)
+
+    def _drop(self, gone: list[Call]) -> None:
+        for call in gone:
+            self._slots.drop(call.ident)
+
+    # --- tasks ---
+
+    async def run(self) -> None:
+        """Answer; for ever."""
+        # Of containers that are no more.
+        for calls in self._left.values():
+            self._drop(calls)
+        self._left = {}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._prompt.run)
+            nursery.start_soon(self._patient.run)
+            nursery.start_soon(self._wake)
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                for fd, events in self._epoll.poll(0, AT_ONCE):
+                    listener = self._listeners.get(fd)
+                    if listener is None:
+                        continue
+                    if events & select.EPOLLIN:
+                        self._receive(listener)
+                    else:
+                        # Nobody who has the filter is left.
+                        self._forget(listener)
+
+    async def _wake(self) -> None:
+        """Serve who waits at logs that have got records; for ever."""
+        while True:
+            await self._bell.wait()
+            self._bell = trio.Event()
+            due, self._due = self._due, set()
+            for each in due:
+                self._serve_waiting(each)
+
+    def _ring(self, owner: Log) -> None:
+        self._due.add(owner)
+        self._bell.set()
+
+    # --- a call ---
+
+    def _landed_call(self) -> Call:
+        ident, tid, _, _, _, _, action, address, length = _NOTIF.unpack_from(
+            self._landing, _NOTIF_AT
+        )
+        return Call(ident, tid, _int(action), _int(length), address)
+
+    def _receive(self, listener: Listener) -> None:
+        self._landed[0] = listener.container.number
+        if self._notifications.receive(listener.fd):
+            try:
+                self._serve(listener, self._landed_call())
+            finally:
+                self._landed[1] = 0
+
+    def _serve(self, listener: Listener, call: Call) -> None:
+        """Answer a call, or let it wait."""
+        container = listener.container
+        try:
+            self._check(listener, call)
+            if call.action in _READS and call.address and call.length > 0:
+                if call.address + call.length > USER_TOP:
+                    raise OSError(errno.EFAULT, "no user's address", "syslog")
+                self._queue(listener, call)
+                return
+            owner = container.log
+            answer = syslog_action(
+                owner.ring,
+                call.action,
+                call.length,
+                has_buffer=bool(call.address),
+                time=self._with_time(),
+            )
+            assert answer is not None
+            if call.action == SYSLOG_ACTION_CLEAR:
+                _log_changed(container)
+            self._answer(listener, call, answer[0])
+        except OSError as error:
+            self._answer(listener, call, 0, error.errno or errno.EIO)
+        except Exception:
+            # Nothing that a caller does is to leave it waiting.
+            log.exception("syslog(%d) in %s failed", call.action, container.name)
+            self._answer(listener, call, 0, errno.EIO)
+
+    def _answer(self, listener: Listener, call: Call, value: int, error: int = 0) -> None:
+        if listener.fd >= 0:
+            Notifications.answer(listener.fd, call.ident, value, error)
+        self._slots.drop(call.ident)
+
+    def _keep(self, waiting: _Waiting, listener: Listener, call: Call) -> bool:
+        """Record a call and let it wait there; False: it was refused."""
+        if len(waiting) >= WAITING_MAX:
+            self._drop(waiting.sweep())
+        if len(waiting) >= WAITING_MAX or not self._record(listener.container.number, call):
+            self._answer(listener, call, 0, errno.EAGAIN)
+            return False
+        self._drop(waiting.add(listener, call))
+        return True
+
+    def _queue(self, listener: Listener, call: Call) -> bool:
+        """Have a call given what it asked for, in its turn; False: it was refused."""
+        if not self._keep(listener.calls, listener, call):
+            return False
+        self._join(listener)
+        return True
+
+    def _join(self, listener: Listener) -> None:
+        if listener.lane is None and not listener.stuck and len(listener.calls):
+            slow = listener.slow_until > time.monotonic()
+            (self._patient if slow else self._prompt).join(listener)
+
+    def prepare(self, listener: Listener, call: Call) -> Gift | None:
+        """What a call whose turn has come is to be given; None when there is nothing to give."""
+        owner = listener.container.log
+        is_read = call.action == SYSLOG_ACTION_READ
+        if not listener.is_valid(call):
+            self._slots.drop(call.ident)
+            if is_read:
+                # Another may have been waiting behind it.
+                self._ring(owner)
+            return None
+        answer = None
+        if not is_read or owner not in self._reading:
+            answer = syslog_action(
+                owner.ring, call.action, call.length, token=call.ident, time=self._with_time()
+            )
+        if answer is None:
+            waiting = self._waiting.get(owner)
+            if waiting is None:
+                waiting = self._waiting[owner] = _Waiting()
+            if self._keep(waiting, listener, call):
+                owner.notify_once(self, lambda: self._ring(owner))
+            return None
+        value, data = answer
+        gift = Gift(listener, call, owner, value, data, owner.ring.next_seq)
+        if not data:
+            error = 0 if Notifications.answer(listener.fd, call.ident, value) else errno.ENOENT
+            self.finished(gift, error)
+            return None
+        if is_read:
+            self._reading.add(owner)
+        return gift
+
+    def finished(self, gift: Gift, error: int) -> None:
+        """A call was answered, by us or by nsfs-uaccess, with an error or not; ENOENT: it was
+        not."""
+        self._slots.drop(gift.call.ident)
+        ring = gift.log.ring
+        if gift.call.action == SYSLOG_ACTION_READ:
+            self._reading.discard(gift.log)
+            if error:
+                ring.undo_syslog_position(gift.call.ident)
+            self._serve_waiting(gift.log)
+        elif gift.call.action == SYSLOG_ACTION_READ_CLEAR and not error:
+            ring.set_clear_seq(gift.next_seq)
+            _log_changed(gift.listener.container)
+        self._join(gift.listener)
+
+    def _serve_waiting(self, owner: Log) -> None:
+        """Give records to who waits for them: to the first; when that is done, to the next."""
+        waiting = self._waiting.get(owner)
+        if waiting is None:
+            return
+        if owner not in self._reading and owner.ring.readable(owner.ring.syslog_position()[0]):
+            while len(waiting):
+                listener, call = waiting.take()
+                if not listener.is_valid(call):
+                    self._slots.drop(call.ident)
+                elif self._queue(listener, call):
+                    break
+        if len(waiting):
+            owner.notify_once(self, lambda: self._ring(owner))
+        elif self._waiting.get(owner) is waiting:
+            del self._waiting[owner]
+
+    # --- memory that does not answer ---
+
+    def give_up(self, lane: _Lane, gift: Gift, writer: _Writer | None) -> None:
+        """A process nsfs-uaccess has waited too long for a caller's memory, or was killed."""
+        gift.listener.stuck = True
+        self.world.start(self._see_out, lane, gift, writer)
+
+    async def _see_out(self, lane: _Lane, gift: Gift, writer: _Writer | None) -> None:
+        result = None if writer is None else await writer.end()
+        listener = gift.listener
+        listener.stuck = False
+        if result is not None:
+            self.finished(gift, result)
+        elif lane is self._prompt:
+            listener.slow_until = time.monotonic() + SLOW_S
+            self._undo(gift)
+            listener.calls.add_first(listener, gift.call)
+        else:
+            self._undo(gift)
+            self._answer(listener, gift.call, 0, errno.EFAULT)
+        self._join(listener)
+
+    def _undo(self, gift: Gift) -> None:
+        if gift.call.action == SYSLOG_ACTION_READ:
+            gift.log.ring.undo_syslog_position(gift.call.ident)
+            self._reading.discard(gift.log)
+            self._ring(gift.log)
+
+    def bury(self, writer: _Writer) -> None:
+        """A process nsfs-uaccess has died."""
+        self.world.start(self._end, writer)
+
+    async def _end(self, writer: _Writer) -> None:
+        await writer.end()
+
+    # --- who may ---
+
+    def _with_time(self) -> bool:
+        return _setting(self._time_fd, b"Y") in (b"Y", b"1")
+
+    def _check(self, listener: Listener, call: Call) -> None:
+        """check_syslog_permissions(): EPERM."""
+        restricted = _setting(self._restrict_fd, b"1") != b"0"
+        if not needs_capability(call.action, restricted=restricted):
+            return
+        if not self._is_capable(listener, call.tid) or not listener.is_valid(call):
+            # What was seen may be another's with the same TID; then nobody gets this answer.
+            raise PermissionError(errno.EPERM, "no CAP_SYSLOG", "syslog")
+
+    def _is_capable(self, listener: Listener, tid: int) -> bool:
+        """ns_capable(..., CAP_SYSLOG) of a thread towards the log's user namespace."""
+        owner = listener.container.holder(namespaces.SYSLOG)
+        try:
+            found = namespaces.identity(tid, "user")
+            if owner is listener.container:
+                wanted = listener.user_ino
+            else:
+                wanted = namespaces.identity(owner.init_pid, "user")
+            capability = _CAP_SYSLOG
+            if wanted == _INITIAL_USER_INO and owner.parent is not None:
+                # That capability is kept from who is root there, since it is the host's too.
+                capability = _CAP_SYS_ADMIN
+            if found in (wanted, _INITIAL_USER_INO):
+                return bool(effective_capabilities(tid) >> capability & 1)
+            return _is_above(found, owner.init_pid, tid)
+        except OSError:
+            return False
+
+
+def _is_above(found: int, pid: int, tid: int) -> bool:
+    """cap_capable() for a thread of another user namespace than the one in question, which is that
+    of `pid`: it has to have the capability in one above that, or own one that is below its own."""
+    fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while True:
+            owner = bytearray(4)
+            fcntl.ioctl(fd, _NS_GET_OWNER_UID, owner)
+            # EPERM: there is none above.
+            above_fd = fcntl.ioctl(fd, _NS_GET_PARENT)
+            os.close(fd)
+            fd = above_fd
+            if os.fstat(fd).st_ino == found:
+                with open(f"/proc/{tid}/status", "rb") as file:
+                    line = next(each for each in file if each.startswith(b"Uid:"))
+                owns = int(line.split()[2]) == int.from_bytes(owner, "little")
+                return owns or bool(effective_capabilities(tid) >> _CAP_SYSLOG & 1)
+    finally:
+        os.close(fd)
+
+
+def _log_changed(container: Container) -> None:
+    for each in (container, container.holder(namespaces.SYSLOG)):
+        each.log_changed_ns = time.time_ns()
+
+
+def _open_setting(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _setting(fd: int, default: bytes) -> bytes:
+    return os.pread(fd, 16, 0).strip() if fd >= 0 else default

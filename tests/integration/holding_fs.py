@@ -1,0 +1,56 @@
+"""A filesystem whose file `held` is opened, but what is in it never comes: holding_fs.py MOUNTPOINT.
+
+It tells by a line when it is mounted, and ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from typing import Any
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError
+
+HELD = 2
+
+
+class HoldingFS(pyfuse3.Operations):
+    def attributes(self, inode: int) -> EntryAttributes:
+        attributes = EntryAttributes()
+        attributes.st_ino = inode
+        attributes.st_nlink = 1
+        attributes.st_size = 1 << 20
+        attributes.st_mode = stat.S_IFREG | 0o666 if inode == HELD else stat.S_IFDIR | 0o755
+        return attributes
+
+    async def getattr(self, inode: int, ctx: Any = None) -> EntryAttributes:
+        return self.attributes(inode)
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> EntryAttributes:
+        if name != b"held":
+            raise FUSEError(errno.ENOENT)
+        return self.attributes(HELD)
+
+    async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
+        return FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        await trio.sleep_forever()
+
+
+async def main(mountpoint: str) -> None:
+    pyfuse3.init(HoldingFS(), mountpoint, {"fsname=holding", "allow_other"})
+    print("mounted", flush=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        await trio.lowlevel.wait_readable(sys.stdin)
+        # Aborts the connection: what waits fails, as it does when such a server dies.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1])
