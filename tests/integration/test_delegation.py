@@ -222,8 +222,28 @@ def test_ids_that_are_not_the_users(tree: Path, how: str) -> None:
     assert call_as(ALICE, write, given / "web/exec", "sleep 1000") == "EPERM"
     assert enter(ALICE, given / "web", "true").returncode == 125
     assert uids_of(given) == set()
+    done = run_as(ALICE, ENTER, "--only", "user,mnt", given.path, "--", "true")
+    assert done.returncode == 125
     # Root may.
     given.start("sleep", "1000")
+    done = subprocess.run([ENTER, given.path, "--", "id", "-u"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done
+
+
+def test_the_hosts_ids_by_the_defaults(tree: Path) -> None:
+    """Where everybody makes containers at the top, and root wants them with the host's IDs."""
+    write(tree / "defaults/idmap", "host")
+    os.chmod(tree, 0o777)
+    try:
+        assert call_as(ALICE, os.mkdir, tree / "mine") == ""
+        assert namespace_owner(Container(tree / "mine").init) == 0
+        assert enter(ALICE, tree / "mine", "true").returncode == 125
+        assert call_as(ALICE, write, tree / "mine/exec", "true") == "EPERM"
+        assert call_as(ALICE, write, tree / "mine/idmap", "auto") == "EACCES"
+        assert call_as(ALICE, os.rmdir, tree / "mine") == ""
+    finally:
+        os.chmod(tree, 0o755)
+        write(tree / "defaults/idmap", "")
 
 
 def test_ids_below_one_with_the_hosts_are_of_the_pool(tree: Path) -> None:
@@ -678,3 +698,23 @@ def test_the_number_of_a_users_ranges(counted: Path) -> None:
     assert call_as(ALICE, os.rmdir, counted / "b") == ""
     assert call_as(ALICE, os.mkdir, counted / "c") == ""
     assert call_as(BOB, os.mkdir, counted / "d") == ""
+
+
+@pytest.mark.parametrize("place", [".", "web", "web/db"])
+def test_enter_in_part(alice: Container, place: str) -> None:
+    """Who owns the user namespace may join it, and with it all that it owns."""
+    assert run_as(ALICE, "mkdir", "-p", "web/db", cwd=alice.path).returncode == 0
+    target = Container(alice.path / place)
+
+    def part(uid: int, types: str, script: str) -> subprocess.CompletedProcess[str]:
+        return run_as(uid, ENTER, "--only", types, target.path, "--", "sh", "-c", script)
+
+    done = part(ALICE, "user,mnt,net,uts,pid", "id -u; readlink /proc/self/ns/net; hostname")
+    net = os.readlink(f"/proc/{target.init}/ns/net")
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines() == ["0", net, target.path.name]
+    # Without it, that takes privilege where the caller is.
+    for types in ("net", "uts,ipc", "mnt"):
+        assert part(ALICE, types, "true").returncode == 125
+    assert part(BOB, "user,mnt", "true").returncode == 125
+    assert target.state()["procs"] == "0"
