@@ -419,7 +419,10 @@ def test_the_user_namespace_goes_with_an_idle_container(tree: Path) -> None:
     assert namespace_owner(web.init) == 0
 
 
-def test_descriptors_do_not_outlast_authority(tree: Path, alice: Container) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+def test_descriptors_do_not_outlast_authority(
+    instance: Instance, tree: Path, alice: Container, restart: bool
+) -> None:
     alice.start("sleep", "1000")
 
     def hold(told: int, go: int) -> None:
@@ -456,6 +459,8 @@ def test_descriptors_do_not_outlast_authority(tree: Path, alice: Container) -> N
     thread = threading.Thread(target=lambda: result.append(call_as(ALICE, hold, told[1], go[0])))
     thread.start()
     os.read(told[0], 1)
+    if restart:
+        instance.kill_daemon()
     os.chown(alice.path, 0, 0)
     os.write(go[1], b".")
     thread.join(30)

@@ -188,6 +188,12 @@ class Expected:
     def chown(self) -> int:
         return 0 if self.root and not self.entry.inner else errno.EPERM
 
+    def enter(self) -> int:
+        """By the attribute that the session program sets, without the descriptor that it names."""
+        if not self.allowed(2):
+            return errno.EACCES
+        return errno.EINVAL if self.entry.path == "procs" else errno.EOPNOTSUPP
+
     def mkdir(self) -> int:
         if not self.allowed(2):
             return errno.EACCES
@@ -259,6 +265,7 @@ def attempt(top: str, entry: Entry) -> dict[str, int]:
     mode, uid = stat.S_IMODE(stat_now.st_mode), stat_now.st_uid
     special = rule(entry.path)[2]
     if entry.kind == "directory":
+        found["enter"] = code_of(os.setxattr, path, "user.nsfs.enter", b"")
         found["read"] = code_of(try_list, path)
         new = f"{path}/new"
         found["mkdir"] = there_and_back(lambda: os.mkdir(new), lambda: os.rmdir(new))
