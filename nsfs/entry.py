@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 ENTER_ATTRIBUTE = b"user.nsfs.enter"
 """The extended attribute of `procs/` by which the session program asks."""
+REVOKE_WAIT_S = 5.0
+"""How long an init may take to close what was handed over; it is never that busy."""
 LN = frozenset(("ln", "gln"))
 MULTI_CALL = re.compile(r"(busybox|toybox|coreutils)([.-].*)?")
 
@@ -160,7 +162,7 @@ async def revoke(container: Container) -> None:
     changed."""
     if container.parent is None or not container.alive():
         return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), trio.move_on_after(REVOKE_WAIT_S):
         await Init(container.world.store.socket_path(container.number)).revoke()
 
 

@@ -134,6 +134,7 @@ static bool has_char(const char *string, char wanted)
 /* --- state --- */
 
 #define CONNECTIONS_MAX 512	/* further ones wait in the backlog; each session holds one */
+#define GIVEN_MAX 448		/* of them in the hands of session programs; the rest is always for the daemon */
 #define COMMANDS_MAX 512	/* whose status is remembered; the oldest that ended is forgotten first */
 
 struct connection {
@@ -589,6 +590,15 @@ static void pass_signal(const struct connection *from, int number, bool group)
 	}
 }
 
+static size_t given_count(void)
+{
+	size_t count = 0;
+
+	for (size_t i = 0; i < connection_count; i++)
+		count += connections[i].given;
+	return count;
+}
+
 static void hear(size_t index)
 {
 	struct connection *each = &connections[index];
@@ -611,15 +621,19 @@ static void hear(size_t index)
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
 		/* It is closed with the others, and so told. */
 		each->given = revoking = true;
-	} else if (length == sizeof(request) && !each->token && request.op == INIT_GIVE) {
-		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
-		each->given = true;
-	} else if (length == sizeof(request) && !each->token && request.op == INIT_PROVE) {
+	} else if (length == sizeof(request) && !each->given && !each->token &&
+		   (request.op == INIT_GIVE || request.op == INIT_PROVE)) {
 		const int on = 1;
 
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
-		each->unproven = each->given = true;
-		(void)CALL(setsockopt, each->fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on));
+		if (given_count() >= GIVEN_MAX) {
+			forget(index);
+			return;
+		}
+		each->given = true;
+		each->unproven = request.op == INIT_PROVE;
+		if (each->unproven)
+			(void)CALL(setsockopt, each->fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on));
 	} else if (length == sizeof(request) && each->token && request.op == INIT_SIGNAL) {
 		(void)CALL(recvfrom, each->fd, &request, sizeof(request), MSG_DONTWAIT, NULL);
 		if (request.token > 0 && request.token <= 64)

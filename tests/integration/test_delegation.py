@@ -6,6 +6,7 @@ Everything is done by real processes with the credentials of users that have no 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -516,6 +517,35 @@ def test_what_was_handed_over_is_taken_back(tree: Path, alice: Container) -> Non
     os.write(go[1], b".")
     assert os.waitpid(pid, 0)[1] == 0
     assert alice.state()["procs"] == "2"
+    for fd in (*told, *go):
+        os.close(fd)
+
+
+def test_whoever_holds_all_connections_cannot_keep_it(tree: Path, alice: Container) -> None:
+    alice.start("sleep", "1000")
+
+    def hold(told: int, go: int) -> None:
+        held = []
+        for _ in range(300):
+            held += offered(alice.path)[1:]
+        os.write(told, b".")
+        os.read(go, 1)
+        for fd in held:
+            with contextlib.suppress(ConnectionError):
+                assert os.read(fd, 1) == b""
+
+    told, go = os.pipe(), os.pipe()
+    result: list[str] = []
+    thread = threading.Thread(target=lambda: result.append(call_as(ALICE, hold, told[1], go[0])))
+    thread.start()
+    os.read(told[0], 1)
+    alice.run("hostname")
+    os.chown(alice.path, 0, 0)
+    alice.run("hostname")
+    assert subprocess.run([ENTER, alice.path, "--", "true"], check=False).returncode == 0
+    os.write(go[1], b".")
+    thread.join(30)
+    assert result == [""]
     for fd in (*told, *go):
         os.close(fd)
 
