@@ -236,6 +236,25 @@ def check_namespace(face: Face, kind: str, caller: Caller) -> None:
         raise PermissionError(errno.EPERM, f"its {kind} namespace is another's", holder.name)
 
 
+def check_host_log(container: Container, viewpoint: Container, *, takes: bool) -> None:
+    """Whether who looks from there may read the log of a container where that is the host's, which
+    one at the top without `syslog` shares; EPERM when not.
+
+    As check_syslog_permissions() has it: it takes CAP_SYSLOG in the initial user namespace where
+    kernel.dmesg_restrict is set, and for /proc/kmsg (`takes`) always.
+    """
+    if container.holder("syslog").parent is not None or viewpoint.holder("user").parent is None:
+        return
+    if takes or dmesg_restricted():
+        raise PermissionError(errno.EPERM, "it is the host's kernel log", container.name)
+
+
+def dmesg_restricted() -> bool:
+    """The sysctl kernel.dmesg_restrict."""
+    with open("/proc/sys/kernel/dmesg_restrict", encoding="ascii") as file:
+        return file.read().strip() != "0"
+
+
 def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:
     """EPERM when the caller's mount namespace has the tree at more than one place.
 

@@ -5,7 +5,9 @@ appends a record, `<N>` giving priority and facility; truncating it clears, as `
 poll(2) says when there is more.  Inside, the same ring is /dev/kmsg, as
 Documentation/ABI/testing/dev-kmsg has it, and /proc/kmsg (proc_kmsg(5)).
 
-A container that shares its parent's log (`unshare` without `syslog`) shows that one.
+A container that shares its parent's log (`unshare` without `syslog`) shows that one.  Where that is
+the host's, and its user namespace is not, reading takes kernel.dmesg_restrict = 0, and nobody
+inside can open /proc/kmsg (EPERM).
 
 At the root it is the host's log without the lines that were attributed to containers; what is
 written goes to the host's /dev/kmsg.
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nsfs.attribute import HIDDEN, NOT_ON_ROOT, Attribute, Caller, OpenFile
-from nsfs.authority import check_namespace
+from nsfs.authority import check_host_log, check_namespace
 from nsfs.container import Face
 from nsfs.logstream import DeviceReader, ProcReader, TextReader
 from nsfs.namespaces import SYSLOG
@@ -31,9 +33,13 @@ class _LogFile(OpenFile):
     """What the three have in common: the log, and that a write is a record."""
 
     reader: Any
+    takes = False
+    """Whether what one reader gets the others do not."""
 
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)
+        if flags & os.O_ACCMODE != os.O_WRONLY and not reopened:
+            check_host_log(face.container, face.viewpoint, takes=self.takes)
         self.log = face.container.log
         known = face.world.opens.get(token) if reopened else None
         self.known = known[:3] if known else None
@@ -100,6 +106,8 @@ class DeviceFile(_LogFile):
 
 class ProcFile(_LogFile):
     """An open /proc/kmsg inside."""
+
+    takes = True
 
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)

@@ -152,6 +152,57 @@ def test_a_shared_log(web: Container) -> None:
     assert web.read("kmsg") == db.read("kmsg")
 
 
+SHARED = "cgroup ipc mnt net pid time user uts"
+
+
+def test_whose_log_it_is(web: Container, tree: Path) -> None:
+    """`namespaces` tells, nested at any depth, and rebuilding changes it."""
+
+    def syslog(container: Container) -> str:
+        (line,) = [x for x in container.read("namespaces").splitlines() if x[:7] == "syslog "]
+        return line
+
+    web.run("mkdir /sys/namespaces/db")
+    db = Container(web / "db")
+    number = syslog(web).split()[1]
+    assert syslog(web) == f"syslog {number} own"
+    assert syslog(db).endswith(" own")
+    assert syslog(db).split()[1] != number
+    db.write("unshare", SHARED)
+    assert syslog(db) == f"syslog {number} .."
+    db.write("defaults/unshare", SHARED)
+    db.run("mkdir /sys/namespaces/deep")
+    deep = Container(db / "deep")
+    assert syslog(deep) == f"syslog {number} ../.."
+    deep.run("echo deep > /dev/kmsg; grep -qm1 deep /dev/kmsg")
+    assert "deep" in web.read("kmsg")
+    assert "syslog 0 own" in (tree / "namespaces").read_text()
+
+
+def test_at_the_top_the_hosts_log_is_shared(web: Container, tree: Path) -> None:
+    """As far as kernel.dmesg_restrict lets users of the host see it."""
+    mark = f"nsfs-test-{os.getpid()}-{time.monotonic_ns()}"
+    web.write("unshare", SHARED)
+    web.run(f"echo {mark} > /dev/kmsg")
+    assert mark in (tree / "kmsg").read_text()
+    host = subprocess.run(["dmesg"], check=True, capture_output=True, text=True)
+    assert mark not in host.stdout
+    restricted = Path("/proc/sys/kernel/dmesg_restrict").read_text() != "0\n"
+    for path in ("/dev/kmsg", "/sys/namespaces/kmsg"):
+        code, out = web.run_code(f"timeout 20 grep -m1 {mark} {path}")
+        if restricted:
+            assert code
+            assert "Operation not permitted" in out
+        else:
+            assert mark in out
+    assert "Operation not permitted" in web.run_code("cat /proc/kmsg")[1]
+    assert web.run_code(": > /sys/namespaces/kmsg")[0]
+    assert mark in (tree / "kmsg").read_text()
+    # One without a user namespace of its own is the host's root.
+    web.write("unshare", "cgroup ipc mnt net pid time uts")
+    assert mark in web.run(f"timeout 20 grep -m1 {mark} /dev/kmsg")
+
+
 def test_tail_follows(web: Container) -> None:
     with subprocess.Popen(
         ["tail", "-n", "+1", "-s", "0.1", "-f", web / "kmsg"], stdout=subprocess.PIPE, text=True
