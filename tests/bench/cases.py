@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import logs
 from fuse_requests import counting
 from instance import Instance, wait_gone
 from measure import Contender, Report, read, run
@@ -448,4 +449,7 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "kill": kill,
     "many": many,
     "requests": requests,
+    "log": logs.log,
+    "attribution": logs.attribution,
+    "marks": logs.marks,
 }

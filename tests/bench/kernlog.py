@@ -19,8 +19,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.integration.conftest import Container, serving
-from tests.integration.firewall import CHAINS, Net, kernel, prefixes, texts, traffic
+from tests.integration.conftest import Container, serving, wait_until
+from tests.integration.firewall import (
+    CHAINS,
+    Net,
+    attached,
+    caught_up,
+    foreign,
+    kernel,
+    looked,
+    prefixes,
+    texts,
+    traffic,
+)
+from tests.integration.firewall import (
+    tier as tier_of,
+)
 
 LINES_A_ROUND = 10
 """Of the three packets of a round, one comes in (3 lines), one goes through (4), one out (3)."""
@@ -60,22 +74,22 @@ def measure(tier: str, lines: int, pace_s: float) -> dict[str, object]:
             f"[log]\nkernel_lines = {tier}\nfirewall_rate = max\nrate = max\nbytes = 16M\n"
         )
         instance = stack.enter_context(serving(base, ["--config", str(config)]))
+        wait_until(lambda: tier_of(instance) == tier, "there is a tier")
         # Others on the machine may do the same.
         tag = f"{os.getpid()}"
         paths = {"a": base / "tree/a", "b": base / "tree/b", "c": base / "tree/a/c"}
         for path in paths.values():
             path.mkdir()
         boxes = {name: Container(path) for name, path in paths.items()}
-        foreign = subprocess.Popen(["unshare", "-n", "sleep", "10000"])
-        stack.callback(foreign.wait)
-        stack.callback(foreign.kill)
-        time.sleep(1)
-        nets = []
-        for name, pid in [*((n, c.init) for n, c in boxes.items()), ("f", foreign.pid)]:
-            nets.append(Net(tag + name, pid))
-            stack.callback(nets[-1].close)
-            nets[-1].rules()
-        time.sleep(2.5)
+        nets = [Net(tag + name, box.init, box) for name, box in boxes.items()]
+        nets.append(Net(tag + "f", foreign(stack)))
+        for net in nets:
+            stack.callback(net.close)
+            net.rules()
+        attached(instance, 3)
+        if tier == "context":
+            # Names are read each second.
+            looked(instance)
         (base / "tree/kmsg").write_text("")
         before = instance.status()["kernel_lines"]["lines"]
         truth = Truth()
@@ -85,7 +99,7 @@ def measure(tier: str, lines: int, pace_s: float) -> dict[str, object]:
         while rounds > 0:
             sent += traffic(nets, min(rounds, 60), pace_s)
             rounds -= 60
-        time.sleep(2)
+        caught_up(instance)
         # Others on the machine may have switched LOG lines off meanwhile: what was printed counts.
         expected = prefixes(line for line in truth.lines if line.startswith(tag))
         status = instance.status()["kernel_lines"]

@@ -67,10 +67,11 @@ def sender(pid: int, to: str, port: int, count: int, pace_s: float) -> subproces
 
 @dataclass
 class Net:
-    """A namespace with rules; `pid` is of a process in it."""
+    """A namespace with rules; `pid` is of a process in it.  A container's sends by a member."""
 
     name: str
     pid: int
+    container: Container | None = None
     helper: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,15 +125,23 @@ class Net:
 def traffic(nets: Iterable[Net], count: int, pace_s: float) -> Counter[str]:
     """Send `count` packets in, out and through each, all at once; what lines are to come."""
     nets = list(nets)
+    members = [net.container for net in nets if net.container is not None]
+    before = {each.path: each.read("output").count("sent") for each in members}
     running = []
     for net in nets:
         running += [
             sender(net.helper.pid, "10.9.0.1", 5001, count, pace_s),
             sender(net.helper.pid, "10.9.1.9", 5002, count, pace_s),
-            sender(net.pid, "10.9.0.9", 5003, count, pace_s),
         ]
+        if net.container is None:
+            running.append(sender(net.pid, "10.9.0.9", 5003, count, pace_s))
+        else:
+            code = f"{SENDER}\nprint('sent', flush=True)"
+            net.container.start("python3", "-c", code, "10.9.0.9", "5003", str(count), str(pace_s))
     for each in running:
         assert each.wait(DEADLINE_S) == 0
+    for member in members:
+        wait_until(lambda: member.read("output").count("sent") > before[member.path], "it has sent")
     expected: Counter[str] = Counter()
     for net in nets:
         for chain in ("premin", "pre"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,10 +212,11 @@ def networks(tiered: Instance) -> Iterator[tuple[dict[str, Container], list[Net]
             path.mkdir()
             containers[name] = Container(path)
         nets = []
-        pids = [(name, each.init) for name, each in containers.items()]
-        for name, pid in [*pids, ("f", foreign(stack))]:
-            nets.append(Net(name, pid))
-            stack.callback(nets[-1].close)
+        for name, each in containers.items():
+            nets.append(Net(name, each.init, each))
+        nets.append(Net("f", foreign(stack)))
+        for net in nets:
+            stack.callback(net.close)
         attached(tiered, 3)
         if tier(tiered) == "context":
             looked(tiered)
@@ -299,7 +301,8 @@ def test_a_flood_of_syns(tiered: Instance, boxes: tuple[Container, Container]) -
         subprocess.run(words, check=True, timeout=DEADLINE_S)
         caught_up(tiered)
         where = kernel(a) if tier(tiered) == "exact" else host(tiered)
-        assert sum("Possible SYN flooding on port 0.0.0.0:5050" in x for x in where) == 1
+        # Linux before 6.2 does not say the address.
+        assert sum(bool(re.search(r"SYN flooding on port (0.0.0.0:)?5050", x)) for x in where) == 1
         assert not kernel(b)
         assert kernel(a) == [] or tier(tiered) == "exact"
 
