@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LEVEL_MIN, LEVEL_MAX = 1, 8
 """Of console_loglevel in syslog(2): 8 lets all through."""
+PAUSE_S = 0.01
+"""How long a terminal that was full is left alone."""
 AGAIN_S = 2.0
 """How often a terminal that has hung up is opened again."""
 TOKEN = 1 << 63
@@ -104,6 +106,8 @@ class Echo:
 
     async def _wait(self) -> None:
         """Until the terminal has room."""
+        # One byte may be room for poll(2) and not for a newline, which is two.
+        await trio.sleep(PAUSE_S)
         try:
             await trio.lowlevel.wait_writable(self._fd)
         except (trio.ClosedResourceError, OSError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import pty
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from nsfs.logring import LogRing
 
 from .conftest import DEADLINE_S, Container, Instance, readable, wait_until, write
 
@@ -129,6 +132,27 @@ def test_tags_add_up_and_follow_the_name(web: Container, tree: Path) -> None:
     # That log is the tree's: the host's own does not change.
     host = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
     assert "[shop] own" not in host
+
+
+def test_the_containers_own_level(instance: Instance, web: Container) -> None:
+    """The smaller one counts; it is in the log, where syslog(2) sets it, and 7 at first."""
+    db = nested(web, "db")
+    db.write("console", "parent 8")
+    db.run("echo '<7>debug' > /dev/kmsg; echo '<6>info' > /dev/kmsg")
+    assert texts(web) == ["[db] info"]
+    (line,) = [x for x in db.read("namespaces").splitlines() if x.startswith("syslog ")]
+    path = instance.run_dir / "c" / f"{line.split()[1]}.log"
+    for level, shown in ((4, ["[db] three"]), (8, ["[db] seven", "[db] three"])):
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            ring = LogRing(memory)
+            ring.set_console_level(level)
+            ring.close()
+        # The next daemon reads it there.
+        instance.kill_daemon()
+        web.write("kmsg", "--")
+        db.run("echo '<7>seven' > /dev/kmsg; echo '<3>three' > /dev/kmsg")
+        found = texts(web)
+        assert found[len(found) - found[::-1].index("--") :] == shown
 
 
 def test_a_parent_without_a_log_of_its_own(web: Container) -> None:
