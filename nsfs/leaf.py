@@ -68,7 +68,7 @@ class Leaf:
         """Make it and put the process into it."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path)
-        self.container.world.parts[self.path] = self.part
+        self.note()
         try:
             move(self.pid, self.path)
             for _, path in self.limiting:
@@ -77,6 +77,10 @@ class Leaf:
         except BaseException:
             self.undo()
             raise
+
+    def note(self) -> None:
+        """Those in it are members in part."""
+        self.container.world.parts[self.path] = self.part
 
     def undo(self) -> None:
         """Put the process, and what it has forked meanwhile, back to where it was."""
@@ -188,6 +192,9 @@ class Whole(Leaf):
     def __init__(self, container: Container, home: Container, pid: int, types: str) -> None:
         super().__init__(container, home, pid, types)
         self.path = container.group.payload
+
+    def note(self) -> None:
+        """They are members as any other."""
 
     def undo(self) -> None:
         """Only the process itself: who else is a member is not known here."""

@@ -181,3 +181,19 @@ def test_whole_in_two_is_refused(pod: Pod) -> None:
         timeout=30,
     )
     assert "not permitted" in done.stderr
+
+
+def test_whole_in_a_nested_one_changes_nothing_for_its_members(pod: Pod) -> None:
+    pod.all.start("sleep", "2000")
+    pid = next(p for p in names(pod.all) if "2000" in (pod.all / f"procs/{p}").read_text())
+    done = subprocess.run(
+        ["ln", pod.tree / f"procs/{pid}", pod.db / f"procs/{pid}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert pid in names(pod.db)
+    assert pid in names(pod.all)
+    assert len(names(pod.db)) == 3
+    assert "command sleep 1000" in pod.db.run("cat /sys/namespaces/procs/*")
