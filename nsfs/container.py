@@ -101,6 +101,8 @@ class Build:
     network: str = "none"
     seccomp: str = "notify"
     limits: tuple[tuple[str, str], ...] = (("pids.max", "4096"),)
+    shared: tuple[tuple[str, int], ...] = ()
+    """Types whose namespace is that of another container, which it is not in, and its number."""
     propagation: str = "private"
     """Whether what the host mounts later below a tree of its is seen in it: "slave", or not."""
     clocks: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -113,6 +115,7 @@ class Build:
         own = set(self.unshare)
         if self.network == "host":
             own.discard("net")
+        own.difference_update(kind for kind, _ in self.shared)
         return frozenset(own & namespaces.ALL)
 
     @classmethod
@@ -128,6 +131,7 @@ class Build:
             network=record["network"],
             seccomp=record.get("seccomp", "deny"),
             limits=tuple((k, v) for k, v in record["limits"]),
+            shared=tuple((kind, number) for kind, number in record.get("shared", ())),
             propagation=record.get("propagation", "private"),
             clocks=clocks_from_record(record.get("clocks")),
         )
@@ -321,12 +325,19 @@ class Container:
         if self.parent is None:
             return True
         if kind == namespaces.SYSLOG:
-            return kind in self.build.unshare
+            return kind in self.build.unshare and kind not in dict(self.build.shared)
         return kind in self.build.types
 
     def holder(self, kind: str) -> Container:
-        """The container whose namespace of that type it is in: itself or an ancestor."""
-        return next(each for each in self.lineage() if each.own(kind))
+        """The container whose namespace of that type it is in: itself, an ancestor, or one that it
+        or an ancestor shares it with."""
+        for each in self.lineage():
+            if each.own(kind):
+                return each
+            other = dict(each.build.shared).get(kind)
+            if other is not None and other in self.world.containers:
+                return self.world.containers[other].holder(kind)
+        raise AssertionError("the root container has all of its own")
 
     def holder_of_ids(self) -> Container:
         """The container whose IDs it has: those of a range or a slice are its own, all others an

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from nsfs import cgroup, idmap, loglimits, namespaces
+from nsfs import cgroup, idmap, loglimits, namespaces, pods
 from nsfs.attribute import Caller
 from nsfs.authority import (
     check_mapped,
@@ -310,6 +310,7 @@ async def _start(container: Container, trees: Trees) -> None:
                 clocks=_clocks(build),
                 slave=build.propagation == "slave",
                 syslog=build.seccomp == "notify",
+                joins=tuple(pods.joins(container)),
             )
         )
     if _clocks(build) and not namespaces.joined_by_exec(container.init_pid):
@@ -373,6 +374,8 @@ async def rebuild(container: Container, build: Build) -> None:
     """
     container.check_alive()
     container.check_idle()
+    if pods.sharers(container):
+        raise OSError(errno.EBUSY, "others share its namespaces", container.name)
     world, before = container.world, container.build
     before_ids = (container.map, container.range, container.slice)
     container.settled = trio.Event()
@@ -627,9 +630,12 @@ def _detach(container: Container) -> None:
     assert parent is not None
     if parent.children.get(container.name) is container:
         del parent.children[container.name]
-    for each in [*container.descendants(), container]:
+    gone = [*container.descendants(), container]
+    for each in gone:
         each.phase = Phase.GONE
         each.world.unwatch(each)
+    for each in gone:
+        pods.hand_over(each)
     with contextlib.suppress(OSError):
         container.save()
 

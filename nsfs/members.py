@@ -51,7 +51,8 @@ def count(container: Container) -> int:
 
 def level(viewpoint: Container) -> int:
     """How many PID namespaces the viewpoint is below the host's: its place in `NSpid`."""
-    return sum(1 for each in viewpoint.lineage() if each.parent is not None and each.own("pid"))
+    holder = viewpoint.holder("pid")
+    return sum(1 for each in holder.lineage() if each.parent is not None and each.own("pid"))
 
 
 def _status(pid: int) -> dict[str, str]:

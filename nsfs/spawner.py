@@ -129,6 +129,8 @@ class Recipe:
     """Where the init listens: a SOCK_SEQPACKET socket."""
     filter: bool = True
     """Whether the system-call denylist is installed."""
+    joins: tuple[tuple[int | str, str], ...] = ()
+    """(process, type): whose namespace is joined instead of the parent's, by the host's PID."""
     slave: bool = False
     """Whether what the host mounts later in the original of a tree is seen in it."""
     clocks: str = ""
@@ -281,6 +283,7 @@ class Spawner:
         read_only: int = 0,
         strings: Sequence[str] = (),
         fds: Sequence[int] = (),
+        joins: int = 0,
     ) -> tuple[int, int, str, int | None]:
         """One request; returns pid, value, text and descriptor of the reply."""
         self._last_id += 1
@@ -302,7 +305,7 @@ class Spawner:
                     binds,
                     read_only,
                     len(strings),
-                    0,
+                    joins,
                 ),
                 *(_EXTENT.pack(*extent) for extents in maps for extent in extents),
                 *(os.fsencode(string) + b"\0" for string in strings),
@@ -371,6 +374,7 @@ class Spawner:
                 *(opened(f"{path}/tasks", os.O_WRONLY) for path in recipe.v1),
                 *([] if recipe.rootfs_fd is None else [recipe.rootfs_fd]),
                 *(fd for _, fd, _ in recipe.binds),
+                *(opened(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for pid, kind in recipe.joins),
             ]
             pid, _, _, _ = await self._call(
                 _MAKE,
@@ -390,6 +394,7 @@ class Spawner:
                     *([recipe.clocks] if flags & _CLOCKS else []),
                 ),
                 fds=fds,
+                joins=len(recipe.joins),
             )
         return pid
 

@@ -127,6 +127,11 @@ class Store:
         """Where a container's ring of that kind ("log" or "output") is."""
         return f"{self.directory}/c/{ident}.{kind}"
 
+    def move_log(self, ident: int, to: int) -> None:
+        """A container's kernel log becomes another's, instead of the one that has."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.log_path(ident, "log"), self.log_path(to, "log"))
+
     def save(self, ident: int, record: dict[str, Any]) -> None:
         """Write a container's record."""
         self._replace(self.record_path(ident), json.dumps(record, separators=(",", ":")).encode())

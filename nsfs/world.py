@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from nsfs import idmap, kernfs, loglimits
+from nsfs import idmap, kernfs, loglimits, pods
 from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
@@ -446,6 +446,7 @@ class World:
             self.ready.drop(container.number)
             container.save()
             self.views.ended(container)
+            pods.hand_over(container)
             log.info("the init of %s has ended", container.name)
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:

@@ -19,7 +19,7 @@
 enum spawner_op {
 	/* Make a container.  extents: uid_map, then gid_map; strings: hostname, then each bind's target.
 	 * fds: listening socket, ID/init, ID/payload (cgroup directories), `tasks` of each v1 group, the
-	 * root's tree if any, each bind's tree.  Reply: pid. */
+	 * root's tree if any, each bind's tree, each namespace to be joined.  Reply: pid. */
 	OP_MAKE = 1,
 	OP_HOSTNAME,		/* pid; reply: text */
 	OP_SET_HOSTNAME,	/* pid, string: the name */
@@ -72,7 +72,7 @@ struct spawner_request {
 	uint32_t binds;
 	uint64_t read_only;	/* bit n: bind n */
 	uint32_t strings;	/* how many strings, each with its NUL, follow the extents */
-	uint32_t reserved;
+	uint32_t joins;		/* OP_MAKE: how many namespaces come last among fds, to be joined instead of the parent's */
 };
 
 #define MAP_EXTENTS_MAX 340	/* user_namespaces(7) */

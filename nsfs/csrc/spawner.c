@@ -39,6 +39,7 @@
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/mount.h>
+#include <linux/nsfs.h>
 #include <linux/openat2.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
@@ -84,9 +85,13 @@
 #define FIRST_FD 20		/* ours are from here on; below is where an init wants its own */
 #define NOBODY 0xfffffffeU	/* an ID that no file has */
 #define SYS_ENTRIES_MAX 32
+#define JOINS_MAX 5
 
 enum { OWN_ALL = CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID |
 	CLONE_NEWTIME | CLONE_NEWUSER | CLONE_NEWUTS };
+
+/* What can be another's than the parent's: what no other follows from. */
+enum { JOINED = CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWTIME | CLONE_NEWUTS };
 
 /* A request, taken apart. */
 struct request {
@@ -97,7 +102,8 @@ struct request {
 	size_t fd_count;
 	/* OP_MAKE: which is which */
 	int listen_fd, init_cgroup_fd, payload_fd, rootfs_fd;
-	const int *v1_fds, *bind_fds;
+	const int *v1_fds, *bind_fds, *join_fds;
+	unsigned int joined;	/* CLONE_NEW* of join_fds */
 };
 
 /* A child at work. */
@@ -481,6 +487,12 @@ static bool own(int type)
 	return request.head.unshare & (unsigned int)type;
 }
 
+/* Whether a namespace is another container's, not the host's. */
+static bool inherited(int type)
+{
+	return !own(type) && (request.head.pid || request.joined & (unsigned int)type);
+}
+
 static int given_namespaces[GIVEN_NAMESPACES] = { -1, -1 }, given_faces[GIVEN_FACES] = { -1, -1, -1 };
 
 /* Wait until the spawner has sent so many messages, in whatever order. */
@@ -612,7 +624,7 @@ static int set_up_dev(int private_fd, int top_fd, int pts_fd, int queue_fd)
 
 static int set_up_proc(int dev_fd, int top_fd)
 {
-	const char *source = request.head.pid ? "/s/proc" : "/proc";
+	const char *source = inherited(CLONE_NEWPID) ? "/s/proc" : "/proc";
 	int quiet_fd, fd, result;
 
 	step = STEP_MOUNT;
@@ -632,7 +644,7 @@ static int set_up_proc(int dev_fd, int top_fd)
 /* /sys: every entry of sysfs, and `namespaces` to be mounted on. */
 static int set_up_sys(int dev_fd, int private_fd, int top_fd)
 {
-	const char *source = request.head.pid ? "/s/sys" : "/sys";
+	const char *source = inherited(CLONE_NEWNET) ? "/s/sys" : "/sys";
 	const unsigned int attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
 	int quiet_fd, fd, result;
 	char path[64];
@@ -1009,6 +1021,15 @@ static int borrow_inside(void *about)
 	return aside(mount_borrowed, what, -1);
 }
 
+/* Whose namespace of a type a container without its own is in: a pidfd or a namespace. */
+static int source_of(int parent_fd, int type)
+{
+	for (uint32_t i = 0; i < request.head.joins; i++)
+		if (ioctl(request.join_fds[i], NS_GET_NSTYPE) == type)
+			return request.join_fds[i];
+	return parent_fd;
+}
+
 /* A mount that shows the parent's namespace of a type, for a container without its own. */
 static int borrow(int pid_fd, int type, const char *filesystem)
 {
@@ -1170,6 +1191,16 @@ static int clone_inside(void *about)
 	return result < 0 ? result : pid_fd;
 }
 
+/* Join what the container shares with one that it is not in. */
+static int join_others(void)
+{
+	step = STEP_JOIN;
+	for (uint32_t i = 0; i < request.head.joins; i++)
+		if (setns(request.join_fds[i], 0))
+			return -errno;
+	return 0;
+}
+
 /* Clone what `nested` says from within the parent's namespaces, and write the maps; returns a pidfd. */
 static int clone_nested(void *about)
 {
@@ -1182,6 +1213,9 @@ static int clone_nested(void *about)
 	types |= (CLONE_NEWCGROUP | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWNS) & ~unshared;
 	if (nested->only_map)
 		types = 0;
+	else if ((result = join_others()))
+		return result;
+	types &= ~request.joined;
 	/* At the top the only thing to be joined is the host's mount namespace. */
 	if (nested->pid_fd < 0) {
 		step = STEP_JOIN;
@@ -1296,15 +1330,17 @@ static int prepare_trees(const struct nested *nested, int *places_fd)
 	}
 	step = STEP_MOUNT;
 	if (!own(CLONE_NEWIPC)) {
-		result = place_and_close(borrow(nested->pid_fd, CLONE_NEWIPC, "mqueue"), places_fd, "mqueue");
+		result = place_and_close(borrow(source_of(nested->pid_fd, CLONE_NEWIPC), CLONE_NEWIPC, "mqueue"), places_fd, "mqueue");
 		if (result && result != -ENODEV)
 			return result;
 	}
-	if (head->pid && !own(CLONE_NEWPID) &&
-	    (result = place_and_close(borrow(nested->pid_fd, CLONE_NEWPID, "proc"), places_fd, "proc")))
+	if (inherited(CLONE_NEWPID) &&
+	    (result = place_and_close(borrow(source_of(nested->pid_fd, CLONE_NEWPID), CLONE_NEWPID, "proc"),
+				      places_fd, "proc")))
 		return result;
-	if (head->pid && !own(CLONE_NEWNET) &&
-	    (result = place_and_close(borrow(nested->pid_fd, CLONE_NEWNET, "sysfs"), places_fd, "sys")))
+	if (inherited(CLONE_NEWNET) &&
+	    (result = place_and_close(borrow(source_of(nested->pid_fd, CLONE_NEWNET), CLONE_NEWNET, "sysfs"),
+				      places_fd, "sys")))
 		return result;
 	step = STEP_BIND;
 	for (uint32_t i = 0; i < head->binds; i++) {
@@ -1460,7 +1496,7 @@ static int make(struct job *job)
 	}
 	nested.spawner_end_fd = channel[0];
 	nested.channel_fd = channel[1];
-	if (head->pid || !own(CLONE_NEWNS)) {
+	if (head->pid || !own(CLONE_NEWNS) || head->joins) {
 		pid_fd = aside(clone_nested, &nested, request.init_cgroup_fd);
 		pid = pid_fd < 0 ? pid_fd : pid_of(pid_fd);
 	} else {
@@ -1897,7 +1933,9 @@ static int parse(size_t length)
 		return -ESRCH;
 	switch (head->op) {
 	case OP_MAKE:
-		wanted = 3 + head->v1_groups + head->binds + (head->flags & FLAG_ROOTFS ? 1 : 0);
+		if (head->joins > JOINS_MAX)
+			return -EINVAL;
+		wanted = 3 + head->v1_groups + head->binds + (head->flags & FLAG_ROOTFS ? 1 : 0) + head->joins;
 		if (head->strings != 1 + head->binds + !!(head->flags & FLAG_CLOCKS) || request.fd_count != wanted ||
 		    head->unshare & ~(unsigned int)OWN_ALL)
 			return -EINVAL;
@@ -1908,7 +1946,12 @@ static int parse(size_t length)
 		request.bind_fds = request.v1_fds + head->v1_groups;
 		if (head->flags & FLAG_ROOTFS)
 			request.rootfs_fd = *request.bind_fds++;
-		return 0;
+		request.join_fds = request.bind_fds + head->binds;
+		request.joined = 0;
+		for (uint32_t i = 0; i < head->joins; i++)
+			request.joined |= (unsigned int)ioctl(request.join_fds[i], NS_GET_NSTYPE);
+		/* A type that is no namespace at all is -1: all bits. */
+		return request.joined & ~(unsigned int)JOINED || request.joined & head->unshare ? -EINVAL : 0;
 	case OP_BIND:
 		return head->strings == 1 && request.fd_count == 1 ? 0 : -EINVAL;
 	case OP_IDMAP:

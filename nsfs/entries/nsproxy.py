@@ -4,16 +4,17 @@ nsproxy/TYPE   a link for each of the kernel's eight types to what can be opened
                setns(2)
 namespaces     0644, a line for each type, `syslog` among them: `TYPE ID own`, or `TYPE ID PATH`
                where it is another container's, PATH leading there from this directory.  ID is the
-               inode number that lsns(8) prints; for `syslog` it is nsfs's own number.
+               inode number that lsns(8) prints; for `syslog` it is nsfs's own number.  Lines
+               `TYPE own` and `TYPE PATH` written while idle rebuild the container so
 """
 
 from __future__ import annotations
 
 import errno
 
-from nsfs import members, namespaces
-from nsfs.attribute import Attribute, Directory, Link, lines
-from nsfs.container import Face
+from nsfs import lifecycle, members, namespaces, pods
+from nsfs.attribute import PARENTS, Attribute, Caller, Directory, Link, lines
+from nsfs.container import Container, Face
 
 
 def namespaces_show(face: Face) -> str:
@@ -24,13 +25,32 @@ def namespaces_show(face: Face) -> str:
     pid = "self" if container.parent is None else container.init_pid
     for kind in sorted((*namespaces.SORTED, namespaces.SYSLOG)):
         holder = container.holder(kind)
-        where = "own" if holder is container else face.path_to(holder)
+        where = "own" if holder is container else _path(face, holder)
         try:
             ident = holder.number if kind == namespaces.SYSLOG else namespaces.identity(pid, kind)
         except FileNotFoundError as error:
             raise OSError(errno.ENODEV, "the container is dead", container.name) from error
         rows.append(f"{kind} {ident} {where}")
     return lines(rows)
+
+
+def _path(face: Face, holder: Container) -> str:
+    """Where the holder of a namespace is, as far as the viewer can know of it: nothing inside names
+    a container that it is not in the tree of."""
+    if face.viewpoint in holder.lineage():
+        return face.path_to(holder)
+    return ".." if face.container is face.viewpoint else face.path_to(face.viewpoint)
+
+
+async def namespaces_store(face: Face, value: str, caller: Caller) -> None:
+    """Have namespaces of its own, or another container's; the errors of `pods.parse`, and EBUSY
+    when it is not idle or others share what it holds."""
+    container = face.container
+    if container.parent is None:
+        raise PermissionError(errno.EPERM, "the host has all of its own", "namespaces")
+    build = pods.parse(face, value, caller)
+    if build != container.build:
+        await lifecycle.rebuild(container, build)
 
 
 def _target(kind: str) -> Link:
@@ -59,5 +79,5 @@ def _target(kind: str) -> Link:
 
 FILES = (
     Directory("nsproxy", entries=tuple(_target(kind) for kind in namespaces.SORTED), mode=0o755),
-    Attribute("namespaces", show=namespaces_show),
+    Attribute("namespaces", show=namespaces_show, store=namespaces_store, flags=PARENTS),
 )

@@ -56,7 +56,7 @@ RULES: dict[str, tuple[str, int, str]] = {
     "mnt/mounts": ("owner", 0o444, ""),
     "mnt/propagation": ("parent", 0o644, "not root"),
     "mnt/root": ("owner", 0o777, ""),
-    "namespaces": ("owner", 0o444, ""),
+    "namespaces": ("parent", 0o644, ""),
     "net": ("owner", 0o755, ""),
     "nflog": ("owner", 0o644, "not root"),
     "nsfs.log": ("parent", 0o644, "not root"),
