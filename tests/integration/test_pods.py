@@ -29,6 +29,13 @@ def line(container: Container, kind: str) -> list[str]:
     return found[kind].split(" ", 1)
 
 
+def is_dead(container: Container) -> bool:
+    try:
+        return not container.read("init")
+    except OSError as error:
+        return error.errno == errno.ENODEV
+
+
 def inode(container: Container, kind: str) -> int:
     return os.stat(f"/proc/{container.init}/ns/{kind}").st_ino
 
@@ -50,9 +57,7 @@ def test_a_namespace_is_shared_shown_by_both_and_freed_by_the_last(
     subprocess.run(["rm", "-rf", tree / "www"], check=True)
     if kind == "pid":
         # The death of its init kills all in a PID namespace: the kernel's rule.
-        wait_until(lambda: "populated 0" in db.read("state"), "it has ended")
-        with fails(errno.ENODEV):
-            db.read("init")
+        wait_until(lambda: is_dead(db), "it has ended")
         return
     assert line(db, kind) == [before, "own"]
     assert db.run("echo x") == "x\n"
@@ -199,13 +204,7 @@ def test_it_survives_the_daemon(instance: Instance, web: Container, db: Containe
 def test_of_a_dead_one(web: Container, db: Container) -> None:
     os.kill(web.init, 9)
 
-    def is_dead() -> bool:
-        try:
-            return not web.read("init")
-        except OSError as error:
-            return error.errno == errno.ENODEV
-
-    wait_until(is_dead, "it is dead")
+    wait_until(lambda: is_dead(web), "it is dead")
     with fails(errno.ENODEV):
         db.write("namespaces", "net ../web")
     assert db.run("echo still") == "still\n"
