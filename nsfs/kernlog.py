@@ -84,6 +84,7 @@ class Router:
         self._changes, self._todo = trio.open_memory_channel[tuple[Container, bool]](100_000)
         world.started.append(self._started)
         world.ended.append(self._ended)
+        world.inherited.append(self._inherited)
         world.firewall_stat = self._firewall_stat
         world.subscribe = self._packets.subscribe
 
@@ -94,6 +95,11 @@ class Router:
 
     def _ended(self, container: Container) -> None:
         self._changes.send_nowait((container, False))
+
+    def _inherited(self, container: Container) -> None:
+        # Whose namespaces are whose is looked at again.
+        self._ended(container)
+        self._started(container)
 
     async def _follow(self) -> None:
         """Attach to containers that come, detach from those that go; for ever."""

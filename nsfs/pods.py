@@ -64,9 +64,8 @@ def hand_over(container: Container) -> None:
             world.store.move_log(container.number, heir.number)
             heir.own_log, container.own_log = container.own_log, None
         if heir.phase is Phase.RUNNING:
-            # Whoever keeps an account of whose namespace is whose looks again.
-            world.ended(heir)
-            world.started(heir)
+            for tell in world.inherited:
+                tell(heir)
         heir.tell()
 
 

@@ -119,6 +119,8 @@ class World:
         """To be called when a container runs."""
         self.ended: list[Callable[[Container], None]] = []
         """When it does not any more."""
+        self.inherited: list[Callable[[Container], None]] = []
+        """When it holds a namespace that another one held."""
         self.claim: Callable[[Container, Build, Caller], Container | None] = lambda *_: None
         """A container that was made in advance, without a name, for such a mkdir (`spare`)."""
         self.subscribe: Callable[[Container, tuple[int, ...]], Awaitable[None]]
