@@ -36,7 +36,7 @@ from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
 from nsfs.spawner import CLONE_NEW, LIBEXEC, STEPS, Init
 from nsfs.tree import SELF
-from nsfs.world import World, process_of
+from nsfs.world import World, thread_group
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def take_fd(tid: int, number: int) -> int:
         # A thread that does not lead its group.
         if error.errno != errno.EINVAL:
             raise
-        pid_fd = os.pidfd_open(process_of(tid)[0])
+        pid_fd = os.pidfd_open(thread_group(tid))
     try:
         fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pid_fd, number, 0))
     finally:
@@ -367,7 +367,7 @@ def home_of(container: Container, pid: int, whole: bool = False) -> Container:
 async def link(face: Face, name: str, source: Face, key: int, caller: Caller) -> None:
     """link(2) into `procs/`: `key` is the PID that `source` knows the process by, or SELF."""
     container = face.container
-    own_pid = process_of(caller.tid)[0]
+    own_pid = thread_group(caller.tid)
     pid = own_pid if key == SELF else members.host_pid(source, key)
     own = pid == own_pid
     base, colon, part = name.partition(":")
@@ -469,7 +469,7 @@ async def move(container: Container, types: frozenset[str], pid: int, caller: Ca
         group = leaf.Whole(container, home, pid, "")
     group.take()
     try:
-        own = pid == process_of(caller.tid)[0]
+        own = pid == thread_group(caller.tid)
         request = _TRACE_REQUEST.pack(
             _TRACE_MOVE, pid, pid if own else caller.tid, container.init_pid, bits(wanted), 0
         )

@@ -45,7 +45,7 @@ from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
 from nsfs.view import check_write, entry_of, lives, names_of, tag
-from nsfs.world import Processes, World, process_lives, process_of
+from nsfs.world import Processes, World, process_lives, thread_group
 
 log = logging.getLogger(__name__)
 
@@ -878,7 +878,7 @@ class Operations(pyfuse3.Operations):
 
     def _own(self, node: Node, caller: Caller) -> Node:
         """What `procs/self` is to that caller."""
-        pid = process_of(caller.tid)[0]
+        pid = thread_group(caller.tid)
         if members.container_of(node.face.container, pid) is None:
             raise members.no_process("self")
         key = members.seen_pid(pid, members.level(node.face.viewpoint))

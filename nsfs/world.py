@@ -479,15 +479,23 @@ def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
     return chosen
 
 
+def thread_group(tid: int) -> int:
+    """The PID of a thread's process; `tid` when it has ended."""
+    try:
+        status = kernfs.read_once(f"/proc/{tid}/status")
+        return int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
+    except (OSError, ValueError):
+        return tid
+
+
 def process_of(tid: int) -> tuple[int, int]:
     """A process that nobody is mistaken for: the PID (thread group) of a thread, and its start time
     in clock ticks since boot (proc_pid_stat(5), field 22).
 
     (tid, 0) when it has ended.
     """
+    tgid = thread_group(tid)
     try:
-        status = kernfs.read_once(f"/proc/{tid}/status")
-        tgid = int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
         return tgid, start_time(tgid)
     except (OSError, ValueError):
         return tid, 0

@@ -177,6 +177,8 @@ static void start_guardian(void)
 		sigfillset(&all);
 		sigprocmask(SIG_SETMASK, &all, NULL);
 		prctl(PR_SET_NAME, "nsfs-terminal");
+		/* Who kills our process group, as a shell's `kill %1` does, does not mean it. */
+		(void)setpgid(0, 0);
 		(void)dup2(ends[0], 3);
 		syscall(SYS_close_range, 4, ~0U, 0);
 		(void)close(STDOUT_FILENO);

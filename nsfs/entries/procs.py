@@ -15,7 +15,7 @@ from nsfs import entry, leaf, members
 from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
 from nsfs.tree import SELF
-from nsfs.world import process_of
+from nsfs.world import thread_group
 
 
 async def process_show(face: Face, key: int) -> str:
@@ -34,7 +34,7 @@ def procs_names(face: Face) -> Iterator[tuple[str, int]]:
 def procs_find(face: Face, name: str, caller: Caller) -> int:
     """The PID of an entry; ENOENT when no such process is a member."""
     if name == "self":
-        pid = process_of(caller.tid)[0]
+        pid = thread_group(caller.tid)
         if members.container_of(face.container, pid) is None:
             raise members.no_process("self")
         return SELF

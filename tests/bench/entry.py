@@ -4,6 +4,19 @@
 
 And for how long a process that is moved in place is stopped.  Prints JSON: for each way the median
 and the 10th and 90th percentile, in milliseconds.
+
+On an idle machine with two processors at which `nsenter -a` takes 0.58 ms and nsfs-enter 0.48, `ln`
+takes 0.95.  That is 0.21 of ln's own beginning and end, 0.20 of the command's, and, in between,
+
+* 0.13: two lookups, which the kernel makes whatever it has cached, since link(2) asks for a new
+  name (LOOKUP_EXCL);
+* 0.16: the daemon's part of link(2): who it is, and what it takes to enter;
+* 0.05: until it is interrupted, answered and stopped;
+* 0.06: two injected calls, which give it the program and the channel, and the third, execveat(2);
+* 0.08: exec of the program and its start;
+* 0.06: fork by the init, and pipes.
+
+What the daemon does is Python that wakes up four times: by it alone `ln` is slower than nsenter(1).
 """
 
 from __future__ import annotations

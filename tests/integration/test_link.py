@@ -134,6 +134,25 @@ def test_in_part(tree: Path, web: Container) -> None:
     wait_until(lambda: web.state()["procs"] == "0", "it has ended")
 
 
+def test_in_part_it_has_all_but_descriptors(tree: Path, web: Container, tmp_path: Path) -> None:
+    script = (
+        "ls /proc/self/fd | tr '\\n' ' '; pwd -P; umask; id -u; for n in net uts ipc user mnt; do "
+        "readlink /proc/self/ns/$n; done\n"
+    )
+    with open("/etc/shadow") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        done = link(
+            tree, web, script, name="self:uts,ipc", pass_fds=[secret.fileno()], cwd=tmp_path,
+            umask=0o027,
+        )  # fmt: skip
+    fds, *rest = done.stdout.split("/", 1)
+    assert fds.split() == ["0", "1", "2", "3"]
+    lines = f"/{rest[0]}".splitlines()
+    assert lines[:3] == [str(tmp_path), "0027", "0"]
+    pids = {"net": "self", "uts": web.init, "ipc": web.init, "user": "self", "mnt": "self"}
+    assert lines[3:] == [os.readlink(f"/proc/{pid}/ns/{kind}") for kind, pid in pids.items()]
+
+
 def test_in_part_it_is_listed_counted_and_killed(tree: Path, web: Container) -> None:
     with subprocess.Popen(
         [ENTER, "--only", "net,uts", str(web.path), "--", "sh", "-c", "echo ready; sleep 1000; :"],

@@ -19,6 +19,7 @@ from .terminal import Terminal, terminal
 
 ENTER = str(LIBEXEC / "nsfs-enter")
 DEADLINE_S = 30.0
+STTY = "[\r\n][0-9a-f:]{40,}\r"
 LNS = ("ln", "busybox ln", "toybox ln")
 WAYS = ("ln {tree}/procs/self {web}/procs/", ENTER + " {web}")
 
@@ -140,7 +141,12 @@ def kill_daemon_and_shell(instance: Instance, web: Container, session: int) -> N
     kill_inner_shell(instance, web, session)
 
 
+def kill_group(instance: Instance, web: Container, session: int) -> None:
+    os.killpg(os.getpgid(session), signal.SIGKILL)
+
+
 MISHAPS = {
+    "outer group": (kill_group, 137),
     "outer KILL": (kill_outer(signal.SIGKILL), 137),
     "outer TERM": (kill_outer(signal.SIGTERM), None),
     "outer HUP": (kill_outer(signal.SIGHUP), 129),
@@ -224,6 +230,26 @@ def commands(container: Container) -> set[str]:
         with contextlib.suppress(OSError):
             found.add(Path(f"/proc/{each}/comm").read_text().strip())
     return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stopped_and_continued(web: Container, way: str) -> None:
+    with terminal("bash", "--norc", "--noprofile", env={"SHELL": "/bin/sh"}) as outer:
+        outer.expect("ready> ")
+        outer.run("stty -g", STTY)
+        before = outer.found
+        outer.run(typed(way, web), "# ")
+        os.kill(child_of(outer.pid), signal.SIGTSTP)
+        outer.expect("Stopped")
+        outer.expect("ready> ")
+        outer.run("stty -g", STTY)
+        assert outer.found[-40:] == before[-40:]
+        outer.run("fg", "procs|nsfs-enter")
+        outer.run("echo be''yond", "beyond")
+        outer.run("exit 12", "ready> ")
+        outer.run("echo code=$?; stty -g", "code=12")
+        outer.expect(STTY)
+        assert outer.found[-40:] == before[-40:]
 
 
 # --- several at once ---
@@ -378,7 +404,7 @@ def test_a_flood_of_output_can_be_ended(web: Container) -> None:
         with terminal("dash", env={"SHELL": "/bin/sh", "ENV": ""}) as outer:
             outer.expect("ready> ")
             outer.run(typed(way, web), "# ")
-            outer.run("yes flood", "flood")
+            outer.run("yes fl''ood", "flood")
             outer.send("\x03")
             outer.run("echo en''ded; exit 6", "ended")
             outer.expect("ready> ")
