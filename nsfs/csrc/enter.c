@@ -58,6 +58,7 @@
 #define ENTER_ATTRIBUTE "user.nsfs.enter"
 #define INITIAL_USER_INO 0xeffffffdU	/* include/linux/proc_ns.h: PROC_USER_INIT_INO */
 #define CHUNK 4096	/* what a pipe that polls writable takes without blocking (pipe(7)) */
+#define LOOK_MS 200	/* how soon a session in the background sees that it no longer is */
 #define LAST_WORDS_MS 100	/* how long the terminal of a session that has ended may still say something */
 #define N(array) (sizeof(array) / sizeof((array)[0]))
 
@@ -177,8 +178,6 @@ static void start_guardian(void)
 		sigfillset(&all);
 		sigprocmask(SIG_SETMASK, &all, NULL);
 		prctl(PR_SET_NAME, "nsfs-terminal");
-		/* Who kills our process group, as a shell's `kill %1` does, does not mean it. */
-		(void)setpgid(0, 0);
 		(void)dup2(ends[0], 3);
 		syscall(SYS_close_range, 4, ~0U, 0);
 		(void)close(STDOUT_FILENO);
@@ -189,8 +188,29 @@ static void start_guardian(void)
 			(void)tcsetattr(STDIN_FILENO, TCSANOW, &outer_mode);
 		_exit(0);
 	}
+	/* Who kills our process group, as a shell's `kill %1` does, does not mean it. */
+	if (guardian > 0)
+		(void)setpgid(guardian, guardian);
 	close(ends[0]);
 	guardian_fd = ends[1];
+}
+
+/* The terminal is ours now.  At first, if it was another's when we began: it may have been set to whatever a shell reads
+ * its lines with, and so may ours inside. */
+static void take_terminal(void)
+{
+	struct termios now, inner;
+
+	if (!guardian) {
+		if (!tcgetattr(STDIN_FILENO, &now)) {
+			if (!tcgetattr(master_fd, &inner) && inner.c_lflag == outer_mode.c_lflag &&
+			    inner.c_iflag == outer_mode.c_iflag)
+				(void)tcsetattr(master_fd, TCSANOW, &now);
+			outer_mode = now;
+		}
+		start_guardian();
+	}
+	set_raw(true);
 }
 
 static void pass_size(void)
@@ -791,7 +811,7 @@ static void hear_signal(int signal_fd)
 		return;
 	case SIGCONT:
 		if (on_terminal && in_foreground())
-			set_raw(true);
+			take_terminal();
 		pass_size();
 		if (!on_terminal)
 			send_signal(SIGCONT, true);
@@ -903,7 +923,7 @@ static int relay(int signal_fd)
 {
 	struct pollfd polled[2 + N(streams)];
 	bool is_over = false, background = false;
-	int code = 0;
+	int code = 0, most_ms;
 
 	for (;;) {
 		bool open = false, full = false;
@@ -927,10 +947,22 @@ static int relay(int signal_fd)
 		}
 		if (is_over && !open)
 			return code;
-		ready = poll(polled, 2 + stream_count,
-			     !is_over || background || full ? -1 : on_terminal ? LAST_WORDS_MS : 0);
+		if (!is_over)
+			most_ms = on_terminal && !is_raw ? LOOK_MS : -1;
+		else
+			most_ms = background || full ? -1 : on_terminal ? LAST_WORDS_MS : 0;
+		ready = poll(polled, 2 + stream_count, most_ms);
 		if (ready < 0)
 			continue;
+		if (!ready && !is_over) {
+			/* A shell that brings a job to the foreground which was not stopped (`ln ... &`, `fg`) tells
+			 * nobody. */
+			if (in_foreground()) {
+				take_terminal();
+				pass_size();
+			}
+			continue;
+		}
 		if (!ready && is_over) {
 			pid_t pid;
 
@@ -1108,10 +1140,7 @@ int main(int argc, char **argv)
 	}
 	begin(channel_fd);
 	signal_fd = start_signals();
-	if (on_terminal) {
-		start_guardian();
-		if (in_foreground())
-			set_raw(true);
-	}
+	if (on_terminal && in_foreground())
+		take_terminal();
 	leave(relay(signal_fd));
 }

@@ -165,6 +165,14 @@ class Container:
         """`state` as a dict."""
         return dict(line.split(" ", 1) for line in self.read("state").splitlines())
 
+    def runs(self, name: str) -> bool:
+        """Whether one of its members is called that (comm)."""
+        for each in os.listdir(self / "procs"):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{each.partition(':')[0]}/comm").read_text() == f"{name}\n":
+                    return True
+        return False
+
     @property
     def init(self) -> int:
         """The host's PID of the init."""

@@ -13,6 +13,7 @@ import struct
 import termios
 import time
 from collections.abc import Iterator
+from typing import Any
 
 DEADLINE_S = 20.0
 
@@ -69,7 +70,7 @@ class Terminal:
         """Change the window's size."""
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
-    def mode(self) -> list[object]:
+    def mode(self) -> list[Any]:
         """The terminal's settings."""
         return termios.tcgetattr(self.fd)
 

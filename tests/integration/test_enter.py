@@ -314,14 +314,14 @@ def test_a_session_on_a_terminal(web: Container, shell: str) -> None:
         outer.expect(r"bash-[0-9.]+# ")
         # Ctrl-C ends the command, not the shell.
         outer.run("echo sle''eping; sleep 1000", "sleeping")
-        time.sleep(0.2)
+        wait_until(lambda: web.runs("sleep"), "it sleeps")
         outer.send("\x03")
         outer.expect(r"bash-[0-9.]+# ")
         outer.run("echo code-$?", "code-130")
         outer.expect(r"bash-[0-9.]+# ")
         # Ctrl-Z and job control.
         outer.run("echo sle''eping; sleep 1000", "sleeping")
-        time.sleep(0.2)
+        wait_until(lambda: web.runs("sleep"), "it sleeps")
         outer.send("\x1a")
         outer.expect("Stopped")
         outer.expect(r"bash-[0-9.]+# ")

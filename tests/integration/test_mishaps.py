@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,50 @@ def test_ln_with_whatever_arguments(tree: Path, web: Container, program: str) ->
         assert "Invalid argument" in ln(tree, program, "-f procs/self web/procs/").stderr
     assert web.state()["procs"] == "0"
     assert os.listdir(web / "procs") == []
+
+
+STARTED_BY = (
+    "{ln}",
+    "nohup {ln}",
+    "setsid -w {ln}",
+    "env -i SHELL=/bin/sh {ln}",
+    "time -p {ln}",
+    "timeout 20 {ln}",
+    "exec {ln}",
+    "ulimit -s 64; {ln}",
+    "ulimit -v 20000; {ln}",
+    "cat | {ln} | cat; exit ${{PIPESTATUS[1]}}",
+    "export LARGE=$(printf %100000s); {ln}",
+)
+NOT_STARTED_BY = {
+    # Two cannot trace it.
+    "strace -o /dev/null {ln}": (1, "not permitted"),
+    "ulimit -n 4; {ln}": (1, "Too many open files"),
+    "ulimit -n 8; {ln}": (125, "nsfs: web: "),
+}
+
+
+def test_ln_however_it_is_started(tree: Path, web: Container) -> None:
+    def run(line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", line.format(ln=typed(WAYS[0], web))],
+            env={**os.environ, "SHELL": "/bin/sh"},
+            input="hostname; exit 33\n",
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+
+    for line in STARTED_BY:
+        done = run(line)
+        assert (done.returncode, done.stdout) == (33, "web\n"), (line, done)
+    for line, (code, text) in NOT_STARTED_BY.items():
+        done = run(line)
+        assert (done.returncode, done.stdout) == (code, ""), (line, done)
+        assert text in done.stderr, (line, done)
+    # End of file is the end.
+    for redirect in ("< /dev/null", "<&-", "<&- >&- 2>&-"):
+        assert run(f"{{ln}} {redirect}").returncode == 0
 
 
 # --- the terminal is as it was ---
@@ -194,7 +239,7 @@ def test_keys_and_the_windows_size(web: Container, way: str) -> None:
         outer.resize(44, 111)
         wait_until(lambda: asked(outer, "stty size", "44 111"), "the new size is known")
         outer.run("sleep 1000", "")
-        wait_until(lambda: "sleep" in commands(web), "it sleeps")
+        wait_until(lambda: web.runs("sleep"), "it sleeps")
         outer.send("\x1a")
         outer.expect("Stopped")
         outer.expect("in> ")
@@ -204,7 +249,7 @@ def test_keys_and_the_windows_size(web: Container, way: str) -> None:
         outer.expect("Quit")
         outer.expect("in> ")
         outer.run("cat", "")
-        wait_until(lambda: "cat" in commands(web), "it reads")
+        wait_until(lambda: web.runs("cat"), "it reads")
         outer.send("word\n")
         outer.expect("word\r\nword")
         outer.send("\x04")
@@ -220,15 +265,6 @@ def asked(outer: Terminal, command: str, wanted: str) -> bool:
     outer.run(f"{command}; echo as''ked", "asked")
     found = wanted in outer.text.rpartition(command)[2]
     outer.expect("in> ")
-    return found
-
-
-def commands(container: Container) -> set[str]:
-    """The names of what runs in it."""
-    found = set()
-    for each in os.listdir(container / "procs"):
-        with contextlib.suppress(OSError):
-            found.add(Path(f"/proc/{each}/comm").read_text().strip())
     return found
 
 
@@ -250,6 +286,23 @@ def test_stopped_and_continued(web: Container, way: str) -> None:
         outer.run("echo code=$?; stty -g", "code=12")
         outer.expect(STTY)
         assert outer.found[-40:] == before[-40:]
+
+
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
+def test_begun_in_the_background(web: Container, shell: str) -> None:
+    with terminal(*shell.split(), env={"SHELL": "/bin/sh", "ENV": ""}) as outer:
+        outer.expect("ready> ")
+        outer.run(typed(WAYS[0], web) + " &", "ready> ")
+        wait_until(lambda: web.state()["procs"] == "1", "it runs")
+        # What is typed is the outer shell's.
+        outer.run("echo out''side $(hostname)", f"outside {os.uname().nodename}\r")
+        outer.expect("ready> ")
+        outer.run("fg", "procs")
+        # Not before the shell has put its own mode aside and the session has taken the terminal.
+        wait_until(lambda: not outer.mode()[1] & termios.OPOST, "it is the session's terminal")
+        outer.run("echo in''side $(hostname)", "inside web\r")
+        outer.run("exit 9", "ready> ")
+        outer.run("echo code=$?", "code=9")
 
 
 # --- several at once ---

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from .conftest import NSFS, Container, wait_until
@@ -133,7 +132,7 @@ def test_run_on_a_terminal(tree: Path) -> None:
         outer.run("tty", "/dev/pts/0")
         outer.expect(r"bash-[0-9.]+# ")
         outer.run("echo sle''eping; sleep 1000", "sleeping")
-        time.sleep(0.2)
+        wait_until(lambda: Container(path).runs("sleep"), "it sleeps")
         outer.send("\x03")
         outer.expect(r"bash-[0-9.]+# ")
         outer.run("echo code-$?", "code-130")
