@@ -391,7 +391,7 @@ class Operations(pyfuse3.Operations):
         container = face.container
         attr = EntryAttributes()
         attr.st_ino = pyfuse3.InodeT(node.ino)
-        attr.generation = 0
+        attr.generation = self.world.generation(node.ino)
         attr.entry_timeout = attr.attr_timeout = TIMEOUT_S
         number = node.ino & NUMBER_MASK
         mtime_ns = int(container.since * 1e9)
@@ -708,6 +708,7 @@ class Operations(pyfuse3.Operations):
             if node.entry.member is None and not emptied:
                 raise OSError(errno.ENOTEMPTY, "only rm -rf of the container removes it", text)
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
+            self.world.bury(node.ino)
             return
         self._check_now(parent, _caller(ctx))
         container = node.face.container

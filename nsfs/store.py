@@ -11,6 +11,7 @@
     ready              the containers that are ready
     syslog             calls of syslog(2) that wait for an answer
     syslog.landing     the call that is being received (see `syslog`)
+    buried             directories that the kernel takes for removed, which are still there
     marks              what processes have unlinked, one a line
 
 What is here is written before the kernel is asked to do what it says, so a daemon that dies at any
@@ -196,6 +197,10 @@ class Slots:
             else:
                 self._free.append(at)
         self._free.reverse()
+
+    def keys(self) -> list[int]:
+        """The keys that there are."""
+        return list(self._slots)
 
     def get(self, key: int) -> tuple[int, int, int, int] | None:
         """What was last put for that key, or None."""

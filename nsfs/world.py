@@ -38,7 +38,7 @@ from nsfs.notices import Notices
 from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
-from nsfs.tree import Marks
+from nsfs.tree import FACE_SHIFT, Marks
 from nsfs.view import Views
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,10 @@ class World:
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""
         self.views = Views()
+        self._buried = Slots(os.path.join(store.directory, "buried"))
+        self._generations: dict[int, dict[int, int]] = {}
+        for inode in self._buried.keys():
+            self._keep_generation(inode, (self._buried.get(inode) or (0,))[0])
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
         self.faces: dict[int, tuple[int, int]] = {}
@@ -174,6 +178,8 @@ class World:
             self.faces.pop(number, None)
             self._faces.pop((viewpoint, container.number), None)
             self.marks.forget(number)
+            for inode in self._generations.pop(number, ()):
+                self._buried.drop(inode)
         if len(self.containers) == 1:
             self._empty.unpark_all()
 
@@ -275,6 +281,24 @@ class World:
             for viewpoint in container.faces
             if viewpoint in self.containers
         ]
+
+    def bury(self, inode: int) -> None:
+        """An rmdir(2) of a directory of control files was accepted, although it stays.
+
+        The kernel lets nothing be found in that inode any more (S_DEAD), and keeps it as long as
+        anybody has it open.  So it must be told of another one, should the directory be looked up
+        again: what differs is the generation.
+        """
+        generation = self.generation(inode) + 1
+        self._keep_generation(inode, generation)
+        self._buried.put(inode, generation)
+
+    def _keep_generation(self, inode: int, generation: int) -> None:
+        self._generations.setdefault(inode >> FACE_SHIFT, {})[inode] = generation
+
+    def generation(self, inode: int) -> int:
+        """How often that inode was buried."""
+        return self._generations.get(inode >> FACE_SHIFT, {}).get(inode, 0)
 
     # --- logs ---
 

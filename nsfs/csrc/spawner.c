@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <limits.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
@@ -83,6 +84,7 @@
 #define JOBS_MAX 64
 #define DEADLINE_MS 30000	/* a child that takes longer hangs in somebody's filesystem */
 #define FIRST_FD 20		/* ours are from here on; below is where an init wants its own */
+#define KEPT_MAX 64		/* more than are opened at the start */
 #define NOBODY 0xfffffffeU	/* an ID that no file has */
 #define SYS_ENTRIES_MAX 32
 #define JOINS_MAX 5
@@ -131,8 +133,9 @@ struct left {
 
 static int socket_fd = -1, root_fd = -1, proc_fd = -1, signal_fd = -1;
 static int host_mnt_fd = -1, own_mnt_fd = -1, own_uts_fd = -1, nobody_fd = -1;
-static int fuse_fd = -1;
 static bool filtered;	/* we have the denylist, and so has who descends from us */
+static int fuse_fd = -1, faces_fd = -1;
+static int kept_fds = FIRST_FD;	/* those below were opened at the start, for good; later ones see sweep() */
 static uint32_t features;
 static struct job jobs[JOBS_MAX];
 static struct request request;
@@ -1887,7 +1890,6 @@ static int hostname(struct spawner_reply *reply)
 
 static int open_output(void)
 {
-	static int faces_fd = -1;
 	char path[64];
 
 	step = STEP_OUTPUT;
@@ -1899,6 +1901,35 @@ static int open_output(void)
 }
 
 /* --- requests and replies --- */
+
+/*
+ * Close what a request that failed has left open.  Children that share our descriptors are born in the container's
+ * cgroup, so its removal may kill them anywhere, between an open(2) and a close(2) as well.
+ */
+static void sweep(void)
+{
+	int from = kept_fds;
+
+	for (;;) {
+		int next = INT_MAX;
+
+		if (faces_fd >= from)
+			next = faces_fd;
+		for (size_t i = 0; i < JOBS_MAX; i++) {
+			if (!jobs[i].busy)
+				continue;
+			if (jobs[i].pid_fd >= from && jobs[i].pid_fd < next)
+				next = jobs[i].pid_fd;
+			if (jobs[i].channel_fd >= from && jobs[i].channel_fd < next)
+				next = jobs[i].channel_fd;
+		}
+		if (from < next)
+			(void)syscall(SYS_close_range, from, next == INT_MAX ? INT_MAX : next - 1, 0);
+		if (next == INT_MAX)
+			return;
+		from = next + 1;
+	}
+}
 
 /* If the daemon is gone its end-of-file comes next. */
 static void reply_with(struct spawner_reply reply, int fd)
@@ -2020,6 +2051,8 @@ static void hear(struct job *job)
 	reply.error = result < 0 ? result : 0;
 	reply.step = result < 0 ? step : STEP_NONE;
 	reply_with(reply, fd);
+	if (result < 0)
+		sweep();
 }
 
 /* A child has said how it went, or died, or has to. */
@@ -2052,6 +2085,8 @@ static void finish(struct job *job, bool too_late)
 	close(job->channel_fd);
 	job->busy = false;
 	reply_with(reply, fd);
+	if (reply.error)
+		sweep();
 }
 
 /* Inits that ended, and whoever else was orphaned. */
@@ -2335,5 +2370,8 @@ int main(int argc, char **argv)
 			_exit(1);
 	if (fcntl(null_fd, F_SETFD, null_fd < 3 ? 0 : FD_CLOEXEC))
 		_exit(1);
+	for (int fd = FIRST_FD; fd < FIRST_FD + KEPT_MAX; fd++)
+		if (fcntl(fd, F_GETFD) >= 0)
+			kept_fds = fd + 1;
 	serve();
 }

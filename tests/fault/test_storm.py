@@ -48,16 +48,26 @@ def descriptors(instance: Instance) -> int:
     return count
 
 
+def spawners_descriptors(instance: Instance) -> int:
+    """How many the spawner has open."""
+    daemon = instance.daemon()
+    for child in Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split():
+        if Path(f"/proc/{child}/comm").read_text() == "nsfs-spawner\n":
+            return len(os.listdir(f"/proc/{child}/fd"))
+    raise AssertionError("no spawner")
+
+
 @pytest.fixture
 def tree(instance: Instance) -> Iterator[Path]:
     """The mount point; afterwards nothing is in it, and all is as before."""
-    before = descriptors(instance)
+    before, spawners = descriptors(instance), spawners_descriptors(instance)
     yield instance.tree
     for path in instance.tree.iterdir():
         if (path / "exec").exists():
             subprocess.run(["rm", "-rf", path], check=False, timeout=30)
     instance.settled()
     wait_until(lambda: descriptors(instance) <= before + 8, "descriptors are closed")
+    wait_until(lambda: spawners_descriptors(instance) <= spawners, "the spawner's as well")
     (instance.tree / "probe").mkdir()
     assert Container(instance.tree / "probe").run("echo works") == "works\n"
     subprocess.run(["rm", "-rf", instance.tree / "probe"], check=True, timeout=30)

@@ -221,6 +221,27 @@ def test_rm_of_a_file_or_of_what_is_in_it_harms_nothing(web: Container) -> None:
     assert caught.value.errno == errno.ENOTEMPTY
 
 
+def test_a_directory_removed_by_an_interrupted_removal_is_still_there(
+    web: Container, instance: Instance
+) -> None:
+    """Although somebody has it open: the kernel finds nothing in that inode any more."""
+    for name in ("defaults", "nsproxy", "uts", "procs"):
+        before = sorted(os.listdir(web / name))
+        fd = os.open(web / name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for _ in range(2):
+                for entry in before:
+                    os.unlink(web / name / entry)
+                os.rmdir(web / name)
+                assert sorted(os.listdir(web / name)) == before
+            instance.kill_daemon()
+            assert sorted(os.listdir(web / name)) == before
+        finally:
+            os.close(fd)
+    assert web.read("defaults/unshare").split()
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+
+
 def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> None:
     web.write("defaults/limits", "pids.max 500")
     os.mkdir(web / "bomb")
