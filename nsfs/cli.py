@@ -17,9 +17,12 @@ from typing import Any
 
 from nsfs import config, graft
 from nsfs.cgroup import Hierarchies
+from nsfs.instance import Instance
 
 ASK_S = 10.0
 """How long a daemon may take to be started again and to answer."""
+END_S = 60.0
+"""How long an instance may take to end."""
 RUN_DIR = "/run/nsfs"
 CGROUP = "nsfs"
 LIBEXEC = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libexec")
@@ -108,22 +111,25 @@ def do_mount(args: argparse.Namespace) -> int:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Refused(f"another instance is using {run_dir}: choose another --run-dir") from None
-    if graft.served(directory) is not None:
+    known = Instance(run_dir)
+    adopted = 0
+    if graft.served(directory) == run_dir and not known.supervisor():
+        # Killed: a daemon that goes on serving is taken over, without one all is mounted anew.
+        adopted = known.daemon()
+        if not adopted:
+            known.take_down(directory)
+    if graft.served(directory) is not None and not adopted:
         raise Refused(f"a tree is served at {directory} already: nsfs status tells more")
     unmount: list[str] = []
-    if graft.needed(directory):
-        unmount = graft.graft(directory, run_dir)
-    elif directory.startswith(run_dir):
-        os.makedirs(directory, exist_ok=True)
-    command = [f"{LIBEXEC}/nsfs-supervisor", "--dir", directory, "--run-dir", run_dir]
-    for path in unmount:
-        command += ["--unmount", path]
-    if args.foreground:
-        command.append("--foreground")
-    command += ["--", sys.executable, "-P", "-m", "nsfs.daemon"]
-    command += ["--dir", directory, "--run-dir", run_dir, "--cgroup", args.cgroup or CGROUP]
-    if args.config:
-        command += ["--config", os.path.abspath(args.config)]
+    if adopted:
+        command = known.adopting(foreground=args.foreground)
+    else:
+        if graft.needed(directory):
+            unmount = graft.graft(directory, run_dir)
+        elif directory.startswith(run_dir):
+            os.makedirs(directory, exist_ok=True)
+        command = _supervisor(args, directory, run_dir, unmount)
+        known.record(command)
     # The supervisor takes it itself, for as long as it lives.
     os.close(lock_fd)
     if args.foreground:
@@ -133,6 +139,22 @@ def do_mount(args: argparse.Namespace) -> int:
         graft.undo(unmount)
         raise Refused(f"{directory} cannot be served: {last_words(run_dir)}")
     return 0
+
+
+def _supervisor(
+    args: argparse.Namespace, directory: str, run_dir: str, unmount: list[str]
+) -> list[str]:
+    """The command of a supervisor."""
+    command = [f"{LIBEXEC}/nsfs-supervisor", "--dir", directory, "--run-dir", run_dir]
+    for path in unmount:
+        command += ["--unmount", path]
+    if args.foreground:
+        command.append("--foreground")
+    command += ["--", sys.executable, "-P", "-m", "nsfs.daemon"]
+    command += ["--dir", directory, "--run-dir", run_dir, "--cgroup", args.cgroup or CGROUP]
+    if args.config:
+        command += ["--config", os.path.abspath(args.config)]
+    return command
 
 
 def last_words(run_dir: str) -> str:
@@ -164,7 +186,7 @@ def ask(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
         try:
             return _ask_now(run_dir, question)
         except (OSError, ValueError):
-            if time.monotonic() > end_s:
+            if time.monotonic() > end_s or not Instance(run_dir).lives():
                 raise
             time.sleep(0.02)
 
@@ -179,51 +201,77 @@ def _ask_now(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
         return answer
 
 
-def read_pid(run_dir: str, name: str) -> int:
-    """The PID in one of the run directory's files; 0 when there is none."""
-    try:
-        with open(f"{run_dir}/{name}.pid", encoding="ascii") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 0
-
-
 def do_umount(args: argparse.Namespace) -> int:
     """End an instance; refused while there are containers, unless told to kill them."""
     directory, run_dir = instance(args.dir)
-    supervisor = read_pid(run_dir, "supervisor")
+    known = Instance(run_dir)
+    question = {"do": "umount", "kill": args.kill}
+    if not known.lives():
+        return _umount_dead(known, directory, kill=args.kill)
     try:
-        pid_fd = os.pidfd_open(supervisor)
-    except OSError:
-        raise Refused(f"the supervisor of {directory} is gone: umount -l {directory}") from None
-    answer = ask(run_dir, {"do": "umount", "kill": args.kill})
+        answer = ask(run_dir, question)
+    except (OSError, ValueError):
+        # It hangs, or cannot even start.  The next one has all that it had.
+        known.kill_daemon()
+        try:
+            answer = ask(run_dir, question)
+        except (OSError, ValueError):
+            if not known.lives():
+                return _umount_dead(known, directory, kill=args.kill)
+            raise Refused(
+                f"no daemon of {directory} answers; {last_words(run_dir)}; "
+                f"kill -9 {known.supervisor()} {known.daemon()} makes nsfs umount do without"
+            ) from None
     if answer.get("error") == "busy":
         count = answer["containers"]
         noun = "container" if count == 1 else "containers"
         raise Refused(f"{directory} has {count} {noun}: remove them, or use --kill")
-    import select
+    end_s = time.monotonic() + END_S
+    while known.lives():
+        if time.monotonic() > end_s:
+            raise Refused(f"{directory} does not end: see {run_dir}/log")
+        time.sleep(0.01)
+    return 0
 
-    poll = select.poll()
-    poll.register(pid_fd, select.POLLIN)
-    if not poll.poll(60_000):
-        raise Refused(f"{directory} does not end: see {run_dir}/log")
+
+def _umount_dead(known: Instance, directory: str, *, kill: bool) -> int:
+    count = known.containers()
+    if count and not kill:
+        noun = "container" if count == 1 else "containers"
+        raise Refused(
+            f"nobody serves {directory} any more, and there are records of {count} {noun}: "
+            "nsfs mount takes them up again, --kill kills them"
+        )
+    known.clear(directory)
     return 0
 
 
 def do_status(args: argparse.Namespace) -> int:
     """Print what is served where."""
     directory, run_dir = instance(args.dir)
+    known = Instance(run_dir)
     facts: dict[str, Any] = {
         "dir": directory,
         "run_dir": run_dir,
-        "supervisor": read_pid(run_dir, "supervisor"),
-        "daemon": read_pid(run_dir, "daemon"),
+        "supervisor": known.supervisor(),
+        "daemon": known.daemon(),
     }
-    with contextlib.suppress(OSError):
+    try:
         facts.update(ask(run_dir, {"do": "status"}))
+        answers = True
+    except (OSError, ValueError):
+        answers = False
     if args.json:
         print(json.dumps(facts, indent=2))
-        return 0
+    else:
+        _print(facts)
+    if not answers:
+        what = "the daemon does not answer" if known.lives() else "nobody serves it any more"
+        raise Refused(f"{directory}: {what}: nsfs log may tell why")
+    return 0
+
+
+def _print(facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, one in value.items():
@@ -231,7 +279,6 @@ def do_status(args: argparse.Namespace) -> int:
                 print(f"{key}.{name} {text}")
         else:
             print(f"{key} {value}")
-    return 0
 
 
 def do_log(args: argparse.Namespace) -> int:

@@ -34,12 +34,13 @@ from nsfs.attribute import Entry, TagType
 from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT, reserved
 from nsfs.fs import Operations
+from nsfs.instance import Instance
 from nsfs.kernlog import Router
 from nsfs.spare import Spares
 from nsfs.spawner import FEATURES, Spawner
 from nsfs.store import Store
 from nsfs.syslog import Syslog
-from nsfs.takeover import Device
+from nsfs.takeover import Device, Supervisor
 from nsfs.world import World
 
 log = logging.getLogger("nsfs")
@@ -161,7 +162,7 @@ class Control:
         }
 
 
-async def run(args: argparse.Namespace, device: Device) -> None:
+async def run(args: argparse.Namespace, device: Device, supervisor: Supervisor) -> None:
     """Serve until told to end; then end every container."""
     settings = config.load(Path(args.config) if args.config else None)
     entries = tables(settings.views.modules)
@@ -175,6 +176,8 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             group=args.cgroup,
         )
         world.spawner = spawner
+        # The kernel knows `.f` already.
+        world.primed = device.takeover
         world.device_numbers = graft.device_numbers(args.dir)
         world.root.group.create_top()
         operations = Operations(world, entries, device)
@@ -204,7 +207,10 @@ async def run(args: argparse.Namespace, device: Device) -> None:
             nursery.start_soon(spares.run)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_wait_for_signal, control.end)
+            nursery.start_soon(_watch_supervisor, supervisor, args.run_dir)
             await world.prime()
+            if not device.takeover:
+                await lifecycle.show_again(world)
             device.ready()
             log.info("generation %d serves %s", device.generation, args.dir)
             await control.end.wait()
@@ -241,6 +247,29 @@ async def _wait_for_signal(end: trio.Event) -> None:
             end.set()
 
 
+async def _watch_supervisor(supervisor: Supervisor, run_dir: str) -> None:
+    """Start another supervisor when ours is killed.
+
+    It takes the device from this daemon and kills it, so that the next one is a child of its own.
+    """
+    await supervisor.died()
+    log.warning("the supervisor is gone")
+    instance = Instance(run_dir)
+    try:
+        if "--foreground" in instance.command():
+            # Whoever had it started, such as systemd(1), starts it again.
+            log.warning("the next nsfs mount takes its place")
+            return
+        words = instance.adopting(foreground=False)
+        # Of a process as big as this; but it is to end now.
+        pid = os.posix_spawn(words[0], words, os.environ)  # noqa: ASYNC221
+    except OSError as error:
+        log.error("no other can be started: %s", error)
+        return
+    await trio.to_thread.run_sync(os.waitpid, pid, 0, abandon_on_cancel=True)
+    log.error("the other one did not start")
+
+
 async def _end_all(world: World) -> None:
     for each in list(world.root.children.values()):
         lifecycle.end(each)
@@ -264,7 +293,10 @@ def main(argv: list[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         device = Device.from_environment()
-        trio.run(run, args, device)
+        supervisor = Supervisor(args.run_dir)
+        trio.run(run, args, device, supervisor)
+        if not supervisor.lives():
+            Instance(args.run_dir).take_down(args.dir)
     except (OSError, config.ConfigError) as error:
         log.error("%s", error)
         return 1

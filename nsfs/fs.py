@@ -676,6 +676,9 @@ class Operations(pyfuse3.Operations):
             raise OSError(errno.EEXIST, "the name is taken", text)
         self._check_not_being_removed(parent.face.container, text)
         self._check_now(parent, _caller(ctx))
+        if not self.world.primed:
+            # Whoever is so early has not waited for the mount to be ready.
+            raise OSError(errno.EAGAIN, "nothing can be made before all is ready", text)
         above: Container = parent.face.container
         with above.telling_why(text):
             made = await lifecycle.make(

@@ -75,6 +75,14 @@ def undo(unmount: list[str]) -> None:
             syscalls.umount(path, MNT_DETACH)
 
 
+def take_down(directory: str, run_dir: str) -> None:
+    """Unmount what an instance that has ended left: the tree, and the graft if it made one."""
+    if served(directory) == run_dir:
+        syscalls.umount(directory, MNT_DETACH)
+    if any(point == quiet_path(run_dir) for point, _, _ in mounts()):
+        undo([SYS, quiet_path(run_dir)])
+
+
 def mounts() -> Iterator[tuple[str, str, str]]:
     """This process's mounts: (mount point, type, source)."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:

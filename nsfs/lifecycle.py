@@ -724,3 +724,18 @@ async def resume(world: World) -> None:
         elif each.phase is Phase.REBUILDING:
             each.settled = trio.Event()
             world.start(_finish_rebuild, each)
+
+
+async def show_again(world: World) -> None:
+    """Give the containers of an instance that was killed as a whole the files of the new mount.
+
+    Those of the old one, which they still have, nobody serves any more.  What had one of these open
+    gets ENOTCONN for ever.
+    """
+    for each in sorted(world.containers.values(), key=lambda c: c.number):
+        if each.parent is None or each.phase is not Phase.RUNNING or not each.own("mnt"):
+            continue
+        try:
+            await world.spawner.show(each.init_pid, each.number)
+        except OSError as error:
+            log.warning("%s does not get its files again: %s", each.name, error)

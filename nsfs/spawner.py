@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -45,7 +45,7 @@ _BINDS_MAX = 64
 
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
-_SYSCTL, _IDMAP_TREE, _OPEN_TTY = 10, 11, 12
+_SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW = 10, 11, 12, 13
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
 SYSLOG_FD = 7
@@ -495,6 +495,10 @@ class Spawner:
         """Detach what is mounted there; EINVAL when nothing is."""
         await self._call(_UNBIND, pid=pid, strings=(target,))
 
+    async def show(self, pid: int, face: int) -> None:
+        """Put the files of the mount in the place of those that a container with that init has."""
+        await self._call(_SHOW, pid=pid, face=face)
+
     async def features(self) -> frozenset[str]:
         """Of FEATURES, what this host has."""
         value = (await self._call(_FEATURES))[1]
@@ -515,6 +519,9 @@ class Command:
         return await self.init.wait(self.token)
 
 
+LOOK_S = 0.01
+"""How often it is looked whether an init that does not answer is suspended."""
+_STARTED_SIZES = (_INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size))
 _PROVE_REQUEST = _INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)
 _GIVE_REQUEST = _INIT_REQUEST.pack(_GIVE, 0, 0, 0, 0, 0, 0, 0, 0)
 _REVOKE_REQUEST = _INIT_REQUEST.pack(_REVOKE, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -539,11 +546,13 @@ class Init:
         terminal: bool = False,
         new_session: bool = True,
         keep_status: bool = True,
+        suspended: Callable[[], bool] = lambda: False,
     ) -> Command:
         """Start a command whose descriptors 0, 1, ... are `fds`; it has no other.
 
         `env` is of the form NAME=VALUE, its PATH finds the program; IDs are the container's; with
-        `terminal` descriptor 0 becomes the controlling terminal.
+        `terminal` descriptor 0 becomes the controlling terminal.  EBUSY when `suspended` comes true
+        before it was started: it will not be.  After that nothing more is waited for.
         """
         if not argv or any("\0" in word for word in (*argv, *env, cwd)):
             raise OSError(errno.EINVAL, "no command, or a NUL in it")
@@ -562,7 +571,7 @@ class Init:
                 *(os.fsencode(string) + b"\0" for string in (cwd, *argv, *env)),
             )
         )
-        with await self._connect() as sock:
+        with await self._connect(suspended) as sock:
             # Who sends, by the kernel's word and in our numbers.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             try:
@@ -575,12 +584,23 @@ class Init:
                 raise
             pid = 0
             while True:
-                try:
-                    data, control, _, _ = await sock.recvmsg(
-                        _INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size)
-                    )
-                except ConnectionResetError:
-                    data, control = b"", []
+                data = b""
+                control: list[tuple[int, int, bytes]] = []
+                given_up = False
+                with contextlib.suppress(ConnectionResetError), trio.move_on_after(LOOK_S) as scope:
+                    data, control, _, _ = await sock.recvmsg(*_STARTED_SIZES)
+                if scope.cancelled_caught:
+                    if not suspended():
+                        continue
+                    if pid:
+                        return Command(pid, token, self)
+                    # From here on it cannot tell that it begins, and so does not; unless it has.
+                    sock.shutdown(socket.SHUT_RD)
+                    given_up = True
+                    # At once: what came before, or the end-of-file.
+                    data, control, _, _ = await sock.recvmsg(*_STARTED_SIZES)
+                if not data and given_up:
+                    raise OSError(errno.EBUSY, "the container is frozen")
                 if not data and not pid:
                     raise OSError(errno.ENODEV, "the container is dead")
                 if not data:
@@ -637,7 +657,9 @@ class Init:
             # It closes this one as well, when it is done.
             await sock.recv(1)
 
-    async def _connect(self) -> trio.socket.SocketType:
+    async def _connect(
+        self, suspended: Callable[[], bool] = lambda: False
+    ) -> trio.socket.SocketType:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with _short(self.socket_path) as path:
@@ -647,7 +669,9 @@ class Init:
                         return sock
                     except BlockingIOError:
                         # More wait already than its backlog holds.
-                        await trio.sleep(0.01)
+                        if suspended():
+                            raise OSError(errno.EBUSY, "the container is frozen") from None
+                        await trio.sleep(LOOK_S)
                     except (ConnectionRefusedError, FileNotFoundError) as error:
                         raise OSError(errno.ENODEV, "the container is dead") from error
         except BaseException:

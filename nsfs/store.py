@@ -137,13 +137,21 @@ class Store:
         """Write a container's record."""
         self._replace(self.record_path(ident), json.dumps(record, separators=(",", ":")).encode())
 
+    def numbers(self) -> list[int]:
+        """The containers that have records, oldest first."""
+        folder = os.path.join(self.directory, "c")
+        return sorted(int(n[:-5]) for n in os.listdir(folder) if n.endswith(".json"))
+
     def load(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every container's record, oldest first."""
-        folder = os.path.join(self.directory, "c")
-        idents = sorted(int(n[:-5]) for n in os.listdir(folder) if n.endswith(".json"))
-        for ident in idents:
-            with open(self.record_path(ident), "rb") as file:
-                yield ident, json.loads(file.read())
+        for ident in self.numbers():
+            yield ident, self.read(ident)
+
+    def read(self, ident: int) -> dict[str, Any]:
+        """One container's record; ValueError when it is none."""
+        with open(self.record_path(ident), "rb") as file:
+            record: dict[str, Any] = json.loads(file.read())
+        return record
 
     def drop(self, ident: int) -> None:
         """A container is gone: its files too, the record last, since it names the others."""

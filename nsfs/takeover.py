@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import struct
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -48,6 +49,28 @@ def seek(offset: int) -> tuple[int, int]:
 def sought(offset: int) -> bytes:
     """The answer to an lseek(2): struct fuse_lseek_out."""
     return struct.pack("=Q", offset)
+
+
+class Supervisor:
+    """The process that started this daemon, and starts the next one."""
+
+    def __init__(self, run_dir: str) -> None:
+        parent = os.getppid()
+        try:
+            with open(f"{run_dir}/supervisor.pid", encoding="ascii") as file:
+                # Another parent: it was killed before this was asked.
+                self._pid_fd = os.pidfd_open(parent) if int(file.read()) == parent else -1
+        except (OSError, ValueError):
+            self._pid_fd = -1
+
+    def lives(self) -> bool:
+        """Whether it is still there."""
+        return self._pid_fd >= 0 and not select.select([self._pid_fd], [], [], 0)[0]
+
+    async def died(self) -> None:
+        """Wait for its end."""
+        if self._pid_fd >= 0:
+            await trio.lowlevel.wait_readable(self._pid_fd)
 
 
 class Request(NamedTuple):

@@ -103,7 +103,7 @@ class World:
         self.views = Views()
         self._buried = Slots(os.path.join(store.directory, "buried"))
         self._generations: dict[int, dict[int, int]] = {}
-        for inode in self._buried.keys():
+        for inode in self._buried.keys():  # noqa: SIM118
             self._keep_generation(inode, (self._buried.get(inode) or (0,))[0])
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
@@ -115,6 +115,8 @@ class World:
         self.null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.inotify = Inotify()
         self.notices = Notices(self)
+        self.primed = True
+        """Whether a container can be made at the root: before `prime` it cannot."""
         self._empty = trio.lowlevel.ParkingLot()
         self._watched: dict[int, Callable[[], object]] = {}
         self.spawner: Spawner = None  # type: ignore[assignment]
@@ -337,7 +339,9 @@ class World:
         try:
             init = Init(self.store.socket_path(container.number))
             fds = (self.null_fd, output_fd, output_fd)
-            command = await init.execute(words, environment, fds, keep_status=False)
+            command = await init.execute(
+                words, environment, fds, keep_status=False, suspended=container.suspended
+            )
         except OSError:
             # What could not be executed is to be gone when that is told: it counts as a member.
             for _ in range(FAILED_EXEC_MS):
@@ -357,6 +361,7 @@ class World:
         """
         with contextlib.suppress(FileNotFoundError):
             await self.spawner.output(NO_FACE)
+        self.primed = True
 
     async def pin(self, face: Face, kind: str) -> str:
         """A path in the viewpoint's mount namespace that holds a container's namespace open."""

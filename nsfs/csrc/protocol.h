@@ -38,6 +38,7 @@ enum spawner_op {
 	OP_IDMAP,
 	/* pid, string: a path as pid sees it and owner_uid and owner_gid may open it; reply: fd, a terminal for writing */
 	OP_TERMINAL,
+	OP_SHOW,		/* pid, face: put the files of the mount in the place of those of another one */
 };
 
 enum spawner_flag {

@@ -1408,24 +1408,34 @@ static int make_namespaces(void *about)
 }
 
 /* The files of the mount; the daemon is asked, so that may take some time. */
-static int send_face(int channel_fd)
+static int clone_faces(int fds[GIVEN_FACES])
 {
 	static const char *const suffixes[GIVEN_FACES] = { "", ".kmsg", ".pkmsg" };
-	int fds[GIVEN_FACES] = { -1, -1, -1 }, result = 0;
-	char path[64], kind = FACE;
+	char path[64];
 
 	step = STEP_FACE;
-	for (size_t i = 0; i < GIVEN_FACES && result >= 0; i++) {
+	for (size_t i = 0; i < GIVEN_FACES; i++) {
 		snprintf(path, sizeof(path), "fuse/.f/%u%s", request.head.face, suffixes[i]);
-		fds[i] = result = clone_tree(root_fd, path);
+		fds[i] = clone_tree(root_fd, path);
+		if (fds[i] < 0)
+			return fds[i];
 	}
+	return 0;
+}
+
+static int send_face(int channel_fd)
+{
+	int fds[GIVEN_FACES] = { -1, -1, -1 }, result;
+	char kind = FACE;
+
+	result = clone_faces(fds);
 	/* Should the container be dead its end-of-file tells. */
-	if (result >= 0)
+	if (!result)
 		(void)send_with(channel_fd, &kind, 1, fds, N(fds));
 	for (size_t i = 0; i < GIVEN_FACES; i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
-	return result < 0 ? result : 0;
+	return result;
 }
 
 /* Get the container what takes long, while it is mounting. */
@@ -1779,6 +1789,23 @@ static int open_terminal(const char *path)
 	return isatty(fd) && ioctl(fd, TIOCGPTN, &number) ? fd : -ENOTTY;
 }
 
+/* Where the files of the mount are in a container; the same order as GIVEN_FACE and so on. */
+static int show_faces(pid_t pid)
+{
+	static const char *const targets[GIVEN_FACES] = { "/sys/namespaces", "/dev/kmsg", "/proc/kmsg" };
+	int fds[GIVEN_FACES], result;
+
+	if ((result = clone_faces(fds)) || (result = enter_mounts(pid)))
+		return result;
+	for (size_t i = 0; i < GIVEN_FACES && !result; i++) {
+		step = STEP_FACE;
+		/* EINVAL: its root has unmounted it. */
+		result = detach(targets[i]);
+		result = result && result != -EINVAL ? result : attach_at(fds[i], targets[i]);
+	}
+	return result;
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
@@ -1826,6 +1853,8 @@ static int act(void)
 		}
 		result = enter_mounts(head->pid);
 		return result ? result : attach_at(request.fds[0], request.strings[0]);
+	case OP_SHOW:
+		return show_faces(head->pid);
 	case OP_UNBIND:
 		if ((result = enter_mounts(head->pid)))
 			return result;
@@ -2001,6 +2030,7 @@ static int parse(size_t length)
 	case OP_HOSTNAME:
 	case OP_OUTPUT:
 	case OP_FEATURES:
+	case OP_SHOW:
 		return 0;
 	default:
 		return -EOPNOTSUPP;

@@ -2,7 +2,7 @@
  * nsfs-supervisor - mounts the filesystem, keeps what must not be lost, keeps a daemon running.
  *
  *   nsfs-supervisor --dir DIR --run-dir RUN [--cgroup PATH] [--unmount PATH]... [--foreground]
- *                   -- DAEMON ARGUMENT...
+ *                   [--adopt PID] -- DAEMON ARGUMENT...
  *
  * It holds the FUSE device and the memfd of requests in flight (inflight.h), so the daemon may be
  * killed at any time: requests wait, and the next daemon answers them.  So plain that it never fails:
@@ -14,7 +14,8 @@
  *   - it exits with status 0, or was asked to stop: unmount; status 0, or 1 if it failed in that;
  *   - it was the first and never became ready: unmount; its status, 128+n for a signal.
  * SIGTERM or SIGINT asks it to stop by SIGTERM; a second one, or 60 s, by SIGKILL (status 1).
- * Should the supervisor itself be killed the daemon goes on serving.
+ * Should the supervisor itself be killed the daemon goes on serving.  With --adopt PID another one takes the
+ * device and the memfd from that daemon, kills it, and goes on: nothing is mounted, and no request is lost.
  *
  * Without --foreground the parent returns when the daemon is ready, or with the status above.
  * With it, READY=1 and STOPPING=1 go to $NOTIFY_SOCKET (sd_notify(3)).  RUN/supervisor.pid and
@@ -59,8 +60,9 @@
 
 static const char *dir, *run_dir, *cgroup, *unmounts[MAX_UNMOUNTS];
 static int unmount_count;
-static bool foreground, mounted, ever_ready;
+static bool foreground, mounted, ever_ready, told_ready;
 static char **daemon_argv, interposer[4096];
+static pid_t adopted_pid;		/* 0: we mount */
 static int run_fd = -1, fuse_fd = -1, inflight_fd = -1, signal_fd = -1;
 static int status_fd = -1;		/* to the parent, until it was told; without --foreground */
 static int ready_fd = -1;		/* from the daemon, until it is ready */
@@ -241,9 +243,9 @@ static void read_ready(void)
 		return;
 	say("daemon %d (number %u) is ready", (int)daemon_pid, generation);
 	ready_ms = now_ms();
-	if (!ever_ready)
+	if (!told_ready)
 		notify("READY=1");
-	ever_ready = true;
+	told_ready = ever_ready = true;
 	tell_parent(0);
 }
 
@@ -376,6 +378,15 @@ static void mount_filesystem(void)
 		die("make bindable", dir);
 }
 
+static void make_memfd(void)
+{
+	inflight_fd = memfd_create("nsfs-inflight", MFD_CLOEXEC | MFD_NOEXEC_SEAL);
+	if (inflight_fd < 0)
+		inflight_fd = memfd_create("nsfs-inflight", MFD_CLOEXEC);
+	if (inflight_fd < 0 || ftruncate(inflight_fd, (off_t)INFLIGHT_BYTES) < 0)
+		die("make", "the memfd of requests in flight");
+}
+
 static void join_cgroup(void)
 {
 	char path[4096];
@@ -386,6 +397,53 @@ static void join_cgroup(void)
 	if (fd < 0 || write(fd, "0", 1) != 1)
 		die("join", cgroup);
 	close(fd);
+}
+
+/* A copy of a descriptor of the adopted daemon that leads there. */
+static int take_descriptor(int pid_fd, const char *wanted)
+{
+	char path[64], link[64];
+	ssize_t length;
+	int fd;
+
+	for (int number = 0; number < 1024; number++) {
+		snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)adopted_pid, number);
+		length = readlink(path, link, sizeof(link) - 1);
+		if (length < 0)
+			continue;
+		link[length] = '\0';
+		if (strcmp(link, wanted))
+			continue;
+		fd = (int)syscall(SYS_pidfd_getfd, pid_fd, number, 0);
+		if (fd >= 0)
+			return fd;
+	}
+	errno = ESRCH;
+	return -1;
+}
+
+/* Take the place of a supervisor that was killed.  Until the daemon is dead it serves as before. */
+static void adopt(void)
+{
+	int pid_fd = (int)syscall(SYS_pidfd_open, adopted_pid, 0);
+	struct pollfd polled = { .fd = pid_fd, .events = POLLIN };
+	uint32_t marks[3];
+
+	if (pid_fd < 0)
+		die("adopt", "the daemon");
+	fuse_fd = take_descriptor(pid_fd, "/dev/fuse");
+	inflight_fd = take_descriptor(pid_fd, "/memfd:nsfs-inflight (deleted)");
+	if (fuse_fd < 0 || inflight_fd < 0 ||
+	    pread(inflight_fd, marks, sizeof(marks), 0) != sizeof(marks) || marks[0] != INFLIGHT_MAGIC)
+		die("adopt", "the daemon's descriptors");
+	generation = marks[1];
+	mounted = true;
+	ever_ready = true;
+	/* Two must never read the device. */
+	(void)syscall(SYS_pidfd_send_signal, pid_fd, SIGKILL, NULL, 0);
+	while (poll(&polled, 1, -1) <= 0)
+		;
+	close(pid_fd);
 }
 
 static void find_interposer(void)
@@ -428,7 +486,7 @@ static void parse(int argc, char **argv)
 	static const struct option options[] = {
 		{ "dir", required_argument, NULL, 'd' }, { "run-dir", required_argument, NULL, 'r' },
 		{ "cgroup", required_argument, NULL, 'c' }, { "unmount", required_argument, NULL, 'u' },
-		{ "foreground", no_argument, NULL, 'f' }, { 0 },
+		{ "foreground", no_argument, NULL, 'f' }, { "adopt", required_argument, NULL, 'a' }, { 0 },
 	};
 	bool wrong = false;
 	int option;
@@ -439,6 +497,10 @@ static void parse(int argc, char **argv)
 		case 'r': run_dir = optarg; break;
 		case 'c': cgroup = optarg; break;
 		case 'f': foreground = true; break;
+		case 'a':
+			adopted_pid = atoi(optarg);
+			wrong = wrong || adopted_pid <= 0;
+			break;
 		case 'u':
 			if (unmount_count == MAX_UNMOUNTS || optarg[0] != '/')
 				wrong = true;
@@ -452,7 +514,7 @@ static void parse(int argc, char **argv)
 	/* Absolute: the working directory changes. */
 	if (wrong || !dir || dir[0] != '/' || !run_dir || run_dir[0] != '/' || !*daemon_argv) {
 		dprintf(STDERR_FILENO, "usage: nsfs-supervisor --dir DIR --run-dir RUN [--cgroup PATH] "
-			"[--unmount PATH]... [--foreground] -- DAEMON ARGUMENT...\n");
+			"[--unmount PATH]... [--foreground] [--adopt PID] -- DAEMON ARGUMENT...\n");
 		exit(2);
 	}
 }
@@ -488,12 +550,12 @@ int main(int argc, char **argv)
 		die("make", "a signalfd");
 	if (cgroup)
 		join_cgroup();
-	inflight_fd = memfd_create("nsfs-inflight", MFD_CLOEXEC | MFD_NOEXEC_SEAL);
-	if (inflight_fd < 0)
-		inflight_fd = memfd_create("nsfs-inflight", MFD_CLOEXEC);
-	if (inflight_fd < 0 || ftruncate(inflight_fd, (off_t)INFLIGHT_BYTES) < 0)
-		die("make", "the memfd of requests in flight");
-	mount_filesystem();
+	if (adopted_pid) {
+		adopt();
+	} else {
+		make_memfd();
+		mount_filesystem();
+	}
 	dup2(null_fd, STDIN_FILENO);
 	close(null_fd);
 	if (!foreground)

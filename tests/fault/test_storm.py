@@ -20,11 +20,8 @@ import pytest
 
 from tests.integration.conftest import Container, Instance, serving, wait_until
 
-# Long, or shares with the whole machine what only one at a time can have: scripts/test --long.
-pytestmark = pytest.mark.slow
-
 SEED = int(os.environ.get("NSFS_TEST_SEED", random.SystemRandom().randrange(1 << 32)))
-STORM_S = 4.0
+STORM_S = float(os.environ.get("NSFS_TEST_STORM_S", "2"))
 # What a command may say that comes second.
 TOO_LATE = ("No such file", "not empty", "Is a directory")
 

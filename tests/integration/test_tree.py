@@ -554,3 +554,23 @@ def test_paths_are_resolved_with_the_rights_of_who_named_them(tree: Path) -> Non
     refused(errno.EACCES, os.mkdir, tree / "alice/db")
     done = as_alice("bash", "-c", f"echo {secret}/below > {tree}/alice/web/rootfs")
     assert "Permission denied" in done.stderr
+
+
+def test_a_command_that_a_freeze_overtakes_is_refused(web: Container) -> None:
+    """It is started, or it is not and the write says so; the write never waits for a thaw."""
+    for turn in range(25):
+        writers = [
+            subprocess.Popen(
+                ["sh", "-c", f"echo 'touch /tmp/{turn}-{n}' > {web / 'exec'}"],
+                stderr=subprocess.DEVNULL,
+            )
+            for n in range(3)
+        ]
+        time.sleep(0.0002 * turn)
+        web.write("freeze", "1")
+        codes = [each.wait(10) for each in writers]
+        web.write("freeze", "0")
+        wait_until(lambda: web.state()["populated"] == "0", "those that were started are done")
+        made = web.run(f"ls /tmp | grep ^{turn}-; true").split()
+        assert len(made) == codes.count(0)
+        wait_until(lambda: web.state()["populated"] == "0", "it is idle")
