@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trio import Event, Lock
+from trio.lowlevel import ParkingLot
 
 from nsfs import cgroup, idmap, namespaces
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
@@ -282,6 +283,12 @@ class Container:
     """populated, frozen and phase when somebody was last told."""
     dying: bool = False
     settled: Event = field(default_factory=_set_event)
+    starting: int = 0
+    """How many inits in it, at any depth, are being started."""
+    still: ParkingLot = field(default_factory=ParkingLot)
+    """Where those wait who want none to be."""
+    freezing: int = 0
+    """How many are about to suspend it."""
     """It is not being rebuilt."""
     binding: tuple[str, ...] = ()
     """Targets of binds that are being added while it runs."""
@@ -399,7 +406,36 @@ class Container:
 
     def suspended(self) -> bool:
         """Whether `freeze` was written to it or to one that it is in."""
-        return any(c.group.frozen_by_itself() for c in self.lineage() if c.parent is not None)
+        return any(
+            c.freezing or c.group.frozen_by_itself() for c in self.lineage() if c.parent is not None
+        )
+
+    @contextlib.contextmanager
+    def starting_in_it(self) -> Iterator[None]:
+        """While an init is started: nothing that it is in is suspended, for the spawner would wait
+        for it, and everybody for the spawner.  EBUSY when something is already."""
+        if self.suspended():
+            raise OSError(errno.EBUSY, "the container is frozen", self.name)
+        lineage = list(self.lineage())
+        for each in lineage:
+            each.starting += 1
+        try:
+            yield
+        finally:
+            for each in lineage:
+                each.starting -= 1
+                if not each.starting:
+                    each.still.unpark_all()
+
+    async def suspend(self) -> None:
+        """Write `freeze`, once no init is being started in it; meanwhile none begins to."""
+        self.freezing += 1
+        try:
+            while self.starting:
+                await self.still.park()
+            self.group.freeze(True)
+        finally:
+            self.freezing -= 1
 
     def check_idle(self) -> None:
         """EBUSY unless it has no child and no member but the init."""

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 KILL_AGAIN_S = 0.1
 """How long what was killed may take to go before it is killed again."""
+FROZEN_LOOK_S = 0.1
+"""How often it is looked whether what is to be built is still suspended."""
 _limiting = trio.CapacityLimiter(16)
 
 
@@ -64,7 +66,6 @@ async def make(
     namespaces). Nothing is left behind by a failure.  `request` names the FUSE request: the same
     one again, asked of the next daemon, finds its work done.
     """
-    world = parent.world
     check_name(name)
     await parent.settled.wait()
     # From here on nothing is waited for until the name is taken: two faces of a directory have no
@@ -77,10 +78,15 @@ async def make(
     if parent.dying:
         raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
     parent.check_alive()
-    if parent.suspended():
-        # Its init would be suspended before it is ready.
-        raise OSError(errno.EBUSY, "the parent is frozen", parent.name)
     check_number(parent, caller)
+    with parent.starting_in_it():
+        return await _make(parent, name, caller, mode, request, build)
+
+
+async def _make(
+    parent: Container, name: str, caller: Caller, mode: int, request: int, build: Build | None
+) -> Container:
+    world = parent.world
     build = build or parent.child_build()
     spare = world.claim(parent, build, caller)
     each = spare or world.new_container(parent, build)
@@ -376,6 +382,13 @@ async def rebuild(container: Container, build: Build) -> None:
     container.check_idle()
     if pods.sharers(container):
         raise OSError(errno.EBUSY, "others share its namespaces", container.name)
+    with container.starting_in_it():
+        await _rebuild(container, build)
+    container.world.changed(container)
+    container.world.look_at(container)
+
+
+async def _rebuild(container: Container, build: Build) -> None:
     world, before = container.world, container.build
     before_ids = (container.map, container.range, container.slice)
     container.settled = trio.Event()
@@ -402,8 +415,6 @@ async def rebuild(container: Container, build: Build) -> None:
             world.ranges.give_back(before_ids[1])
     finally:
         container.settled.set()
-    world.changed(container)
-    world.look_at(container)
 
 
 async def rebind(container: Container, build: Build) -> None:
@@ -509,11 +520,14 @@ async def _exchange(container: Container, trees: Trees) -> None:
 async def _finish_rebuild(container: Container) -> None:
     """The daemon died while it rebuilt this one."""
     try:
-        trees = await _trees(container, container.build)
-        try:
-            await _exchange(container, trees)
-        finally:
-            trees.close()
+        while container.suspended():  # noqa: ASYNC110 - nothing tells of all that it is in
+            await trio.sleep(FROZEN_LOOK_S)
+        with container.starting_in_it():
+            trees = await _trees(container, container.build)
+            try:
+                await _exchange(container, trees)
+            finally:
+                trees.close()
     except OSError as error:
         log.warning("%s could not be built again: %s", container.name, error)
         container.group.kill()

@@ -206,10 +206,6 @@ class Slots:
                 self._free.append(at)
         self._free.reverse()
 
-    def keys(self) -> list[int]:
-        """The keys that there are."""
-        return list(self._slots)
-
     def get(self, key: int) -> tuple[int, int, int, int] | None:
         """What was last put for that key, or None."""
         at = self._slots.get(key)

@@ -72,11 +72,14 @@ def freeze_show(face: Face) -> str:
     return f"{int(face.container.group.frozen_by_itself())}\n"
 
 
-def freeze_store(face: Face, value: str, caller: Caller) -> None:
+async def freeze_store(face: Face, value: str, caller: Caller) -> None:
     """Suspend or resume."""
     on = parse_bool(value)
     face.container.check_alive()
-    face.container.group.freeze(on)
+    if on:
+        await face.container.suspend()
+    else:
+        face.container.group.freeze(False)
     leaf.freeze_away(face.container)
     face.container.tell()
 

@@ -248,8 +248,7 @@ class Tree(RuleBasedStateMachine):
         if value != model.unshare and (model.children or model.sleepers):
             return self.expect(errno.EBUSY, self.real(path).write, "unshare", value)
         if value != model.unshare and self.suspended(path):
-            # Whether it is refused or waits is for another test.
-            return None
+            return self.expect(errno.EBUSY, self.real(path).write, "unshare", value)
         self.real(path).write("unshare", value)
         model.unshare = value
         return None

@@ -574,3 +574,32 @@ def test_a_command_that_a_freeze_overtakes_is_refused(web: Container) -> None:
         made = web.run(f"ls /tmp | grep ^{turn}-; true").split()
         assert len(made) == codes.count(0)
         wait_until(lambda: web.state()["populated"] == "0", "it is idle")
+
+
+def test_a_freeze_overtakes_no_mkdir(tree: Path, web: Container) -> None:
+    """The container is made whole or not at all, and others are made meanwhile."""
+    for turn in range(25):
+        makers = [
+            subprocess.Popen(["mkdir", web / f"{turn}-{n}"], stderr=subprocess.DEVNULL)
+            for n in range(2)
+        ]
+        time.sleep(0.0003 * turn)
+        web.write("freeze", "1")
+        codes = [each.wait(10) for each in makers]
+        os.mkdir(tree / f"other-{turn}")
+        os.rmdir(tree / f"other-{turn}")
+        with pytest.raises(OSError, match=r".") as caught:
+            os.mkdir(web / "late")
+        assert caught.value.errno == errno.EBUSY
+        web.write("freeze", "0")
+        made = [(web / f"{turn}-{n}").exists() for n in range(2)]
+        assert made == [not code for code in codes]
+        for n in range(2):
+            if made[n]:
+                assert Container(web / f"{turn}-{n}").run("echo whole") == "whole\n"
+                subprocess.run(["rm", "-rf", web / f"{turn}-{n}"], check=True, timeout=30)
+    web.write("freeze", "1")
+    with pytest.raises(OSError, match=r".") as caught:
+        web.write("unshare", "mnt pid user uts")
+    assert caught.value.errno == errno.EBUSY
+    web.write("freeze", "0")
