@@ -13,7 +13,8 @@
  * "bare", for the latter the init, is printed as well.
  *
  * All of them have the standard output open, and nothing else has: its end-of-file is the end of the
- * last of them.  Nothing outlives LIFE_S, whatever becomes of whoever was to kill it.
+ * last of them.  Of "plain" and "bare" they are reaped below this program, which ends after them: the host's init
+ * would take longer for thousands, and there are only so many PIDs.  Nothing outlives LIFE_S, whatever becomes of whoever was to kill it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -28,6 +29,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -184,6 +186,11 @@ int main(int argc, char **argv)
 		fail("mmap");
 	atomic_store(&shared->live, 1);
 	shared->end_s = now_s() + BOMB_LIFE_S;
+	if (!target) {
+		prctl(PR_SET_CHILD_SUBREAPER, 1);
+		/* So the kernel reaps them at once. */
+		signal(SIGCHLD, SIG_IGN);
+	}
 	cgroup_fd = open(argv[2], O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (cgroup_fd < 0)
 		fail(argv[2]);
@@ -223,6 +230,9 @@ int main(int argc, char **argv)
 			return 1;
 	} else {
 		dprintf(STDOUT_FILENO, "%ld\n", pid);
+		close(STDOUT_FILENO);
+		/* Returns when there is none left. */
+		(void)wait(NULL);
 	}
 	return 0;
 }

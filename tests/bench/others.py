@@ -144,11 +144,10 @@ class Tree:
         self._fd, write_fd = os.pipe()
         try:
             words = [program, where, groups[0], str(count), mode, *groups[1:]]
-            with subprocess.Popen(words, stdout=write_fd) as process:
-                os.close(write_fd)
-                write_fd = -1
-                self._wait_ready(expect_pid=not where.isdigit())
-                process.wait(WAIT_S)
+            self._process = subprocess.Popen(words, stdout=write_fd)
+            os.close(write_fd)
+            write_fd = -1
+            self._wait_ready(expect_pid=not where.isdigit())
         except BaseException:
             os.close(self._fd)
             raise
@@ -176,9 +175,12 @@ class Tree:
                 if not wait_readable(self._fd):
                     raise RuntimeError("killed processes do not end")
                 if not os.read(self._fd, 4096):
-                    return time.perf_counter()
+                    end = time.perf_counter()
+                    break
         finally:
             os.close(self._fd)
+        self._process.wait(WAIT_S)
+        return end
 
 
 class BareGroup:
