@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trio import Event, Lock
@@ -150,6 +150,8 @@ def clocks_from_record(record: Any) -> tuple[tuple[int, int], tuple[int, int]] |
     return (s1, n1), (s2, n2)
 
 
+BUILD = Build()
+"""What is so where nobody says otherwise."""
 BUILD_FIELDS: tuple[str, ...] = tuple(Build.__dataclass_fields__)
 ORIGINS = ("rootfs_origin", "binds_origin")
 
@@ -383,11 +385,11 @@ class Container:
         for each in self.lineage():
             if name in each.defaults:
                 return each.defaults[name]
-        return getattr(Build(), name)
+        return getattr(BUILD, name)
 
     def child_build(self) -> Build:
         """How a child of it is built."""
-        return replace(Build(), **{name: self.default(name) for name in BUILD_FIELDS})
+        return Build(**{name: self.default(name) for name in BUILD_FIELDS})
 
     def alive(self) -> bool:
         """Whether there is an init to work with."""

@@ -67,7 +67,8 @@ async def make(
     one again, asked of the next daemon, finds its work done.
     """
     check_name(name)
-    await parent.settled.wait()
+    if not parent.settled.is_set():
+        await parent.settled.wait()
     # From here on nothing is waited for until the name is taken: two faces of a directory have no
     # lock in common, so the same name may be asked for twice at once.
     existing = parent.children.get(name)

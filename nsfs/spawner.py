@@ -177,7 +177,7 @@ class Spawner:
                 file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _SOCKET_FD)],
             )
         self._pid_fd = os.pidfd_open(self.pid)
-        self._socket = trio.socket.from_stdlib_socket(ours)
+        self._plain, self._socket = ours, trio.socket.from_stdlib_socket(ours)
         self._send_lock = trio.Lock()
         self._last_id = 0
         self._waiting: dict[int, _Waiter] = {}
@@ -318,8 +318,7 @@ class Spawner:
         waiter = self._waiting[number] = _Waiter()
         try:
             if self._socket.fileno() >= 0:
-                async with self._send_lock:
-                    await self._socket.sendmsg([message], _rights(fds))
+                await self._send(message, fds)
                 await waiter.told.wait()
         except (trio.ClosedResourceError, ConnectionError):
             waiter.data = b""
@@ -338,6 +337,15 @@ class Spawner:
                 os.close(fd)
             raise _error(error, step)
         return pid, value, os.fsdecode(text.rstrip(b"\0")), fd
+
+    async def _send(self, message: bytes, fds: Sequence[int]) -> None:
+        # At once where there is room, as there always is but in a storm: trio would first see what
+        # else is to be done.  A packet is whole, and in what order they come is all the same.
+        try:
+            self._plain.sendmsg([message], _rights(fds))
+        except BlockingIOError:
+            async with self._send_lock:
+                await self._socket.sendmsg([message], _rights(fds))
 
     # --- containers ---
 
