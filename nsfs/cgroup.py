@@ -106,6 +106,11 @@ class Group:
         self.past: dict[str, dict[str, int]] = {}
         """What nested containers that are gone have counted, by file; see `inherit`."""
 
+    @property
+    def v1_paths(self) -> tuple[str, ...]:
+        """Its v1 groups; one hierarchy may have several controllers."""
+        return tuple(dict.fromkeys(self.v1.values()))
+
     @classmethod
     def host(cls, hierarchies: Hierarchies) -> Group:
         """The roots of the hierarchies, which account the host."""
@@ -133,7 +138,7 @@ class Group:
     def create_top(self) -> None:
         """Make the instance's own group and hand the controllers down to it."""
         self._delegate(self.hierarchies.v2)
-        for path in (self.path, *self.v1.values()):
+        for path in (self.path, *self.v1_paths):
             os.makedirs(path, exist_ok=True)
         self._delegate(self.path)
 
@@ -148,7 +153,7 @@ class Group:
         The order matters: cgroup.kill goes through the children in the order of their making, and
         the members are to go before the init, which else would do it one by one.
         """
-        for path in (self.path, *self.v1.values()):
+        for path in (self.path, *self.v1_paths):
             os.mkdir(path)
         self._delegate(self.path)
         payload = f"{self.path}/payload"
@@ -176,7 +181,7 @@ class Group:
     def remove(self) -> bool:
         """Remove the groups, and what delegates made below; False while processes are in them."""
         try:
-            for path in (self.path, *self.v1.values()):
+            for path in (self.path, *self.v1_paths):
                 _remove_tree(path)
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.ENOTEMPTY):

@@ -118,7 +118,8 @@ async def construct(container: Container) -> None:
     container.save()
     trees = await _trees(container, container.build)
     try:
-        await _make_groups(container)
+        _make_groups(container)
+        await _set_limits(container)
         await _start(container, trees)
     finally:
         trees.close()
@@ -216,18 +217,26 @@ def _map_in_parent(container: Container) -> idmap.Map:
     return tuple(result)
 
 
-async def _make_groups(container: Container) -> None:
+def _make_groups(container: Container) -> None:
     assert container.parent is not None
     if container.parent.parent is not None:
         container.parent.group.create_sub()
     container.group.create(container.root_uid, container.root_gid)
+
+
+async def _set_limits(container: Container, gone: tuple[int, ...] = ()) -> None:
     limits = container.build.limits
     for name, value in limits:
         if name.startswith("io."):
-            # The device may not answer.
-            await trio.to_thread.run_sync(
-                container.group.set, name, value, limits, abandon_on_cancel=True
-            )
+            try:
+                # The device may not answer.
+                await trio.to_thread.run_sync(
+                    container.group.set, name, value, limits, abandon_on_cancel=True
+                )
+            except OSError as error:
+                # A disk may have been taken away since.
+                if error.errno not in gone:
+                    raise
         else:
             container.group.set(name, value, limits)
 
@@ -309,7 +318,7 @@ async def _start(container: Container, trees: Trees) -> None:
                 gid_map=_map_in_parent(container) if "user" in build.types else (),
                 root_uid=container.root_uid,
                 cgroup=container.group.path,
-                v1=tuple(container.group.v1.values()),
+                v1=container.group.v1_paths,
                 rootfs_fd=trees.rootfs_fd,
                 idmap_rootfs="user" in build.types and disk is None,
                 binds=tuple(trees.binds),
@@ -406,9 +415,7 @@ async def _rebuild(container: Container, build: Build) -> None:
                 container.build = before
                 container.map, container.range, container.slice = before_ids
                 if container.phase is Phase.REBUILDING:
-                    trees.close()
-                    trees = await _trees(container, before)
-                    await _exchange(container, trees)
+                    await _build_again(container)
                 raise
             finally:
                 trees.close()
@@ -512,14 +519,16 @@ async def _exchange(container: Container, trees: Trees) -> None:
     await world.depopulated(container)
     await world.unpin(container)
     container.group.remove()
-    await _make_groups(container)
+    _make_groups(container)
     await _start(container, trees)
+    # Not before: they may have been set to less than an init needs to start, since it had.
+    await _set_limits(container, gone=(errno.ENODEV,))
     _run(container)
     container.save()
 
 
-async def _finish_rebuild(container: Container) -> None:
-    """The daemon died while it rebuilt this one."""
+async def _build_again(container: Container) -> None:
+    """Build it as it is recorded; when that cannot be, it is dead."""
     try:
         while container.suspended():  # noqa: ASYNC110 - nothing tells of all that it is in
             await trio.sleep(FROZEN_LOOK_S)
@@ -534,6 +543,12 @@ async def _finish_rebuild(container: Container) -> None:
         container.group.kill()
         container.phase = Phase.DEAD
         container.save()
+
+
+async def _finish_rebuild(container: Container) -> None:
+    """The daemon died while it rebuilt this one."""
+    try:
+        await _build_again(container)
     finally:
         container.settled.set()
     container.world.look_at(container)

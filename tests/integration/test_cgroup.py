@@ -389,6 +389,17 @@ def test_limits_are_kept(instance: Instance, web: Container) -> None:
     assert has() == wanted
 
 
+def test_limits_that_no_init_could_start_with_are_kept(web: Container) -> None:
+    web.write("cgroup/pids.max", "1")
+    web.write("cgroup/cpu.max", "1000 1000000")
+    init = web.init
+    web.write("unshare", "cgroup ipc mnt net pid user uts syslog")
+    assert web.init != init
+    assert web.read("cgroup/pids.max") == "1\n"
+    with pytest.raises(BlockingIOError):
+        web.start("true")
+
+
 def test_they_are_the_parents_to_change(web: Container) -> None:
     web.run("mkdir /sys/namespaces/db; echo 20 > /sys/namespaces/db/cgroup/pids.max")
     assert Container(web / "db").read("cgroup/pids.max") == "20\n"
