@@ -260,14 +260,20 @@ async def set_console(container: Container, console: Console) -> None:
         own.echo = Echo(container, fd)
 
 
+def attach(container: Container) -> None:
+    """Go on with the console that a container has, and with what was written meanwhile."""
+    target = container.console.target
+    if target == "none" or not container.own(namespaces.SYSLOG) or container.log.echo is not None:
+        return
+    echo = container.log.echo = Echo(container)
+    if target == "parent":
+        echo.flush()
+    else:
+        container.world.start(echo.open)
+
+
 def resume(world: World) -> None:
-    """Go on with the consoles of an earlier daemon, and with what was written meanwhile."""
+    """Go on with all consoles of an earlier daemon."""
     for container in list(world.containers.values()):
-        target = container.console.target
-        if target == "none" or not container.own(namespaces.SYSLOG):
-            continue
-        echo = container.log.echo = Echo(container)
-        if target == "parent":
-            echo.flush()
-        else:
-            world.start(echo.open)
+        if container.phase is not Phase.GONE:
+            attach(container)

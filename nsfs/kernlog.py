@@ -271,7 +271,7 @@ class Router:
         """To the host's log and to those containers that had LOG lines lately."""
         concerned = [self.world.containers.get(number) for number in self._concerned]
         for each in {self.world.root, *(c.holder(namespaces.SYSLOG) for c in concerned if c)}:
-            each.log.append(text.encode(), level=4, facility=3)
+            each.log.append(text.encode(), level=4, facility=3, limited=False)
             each.log_changed_ns = time.time_ns()
 
     # --- what is told of it ---

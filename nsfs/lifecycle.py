@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from nsfs import cgroup, idmap, loglimits, namespaces, pods
+from nsfs import cgroup, console, idmap, loglimits, namespaces, pods
 from nsfs.attribute import Caller
 from nsfs.authority import (
     check_mapped,
@@ -525,6 +525,8 @@ async def _exchange(container: Container, trees: Trees) -> None:
     await _set_limits(container, gone=(errno.ENODEV,))
     _run(container)
     container.save()
+    # It may have a log of its own again.
+    console.attach(container)
 
 
 async def _build_again(container: Container) -> None:

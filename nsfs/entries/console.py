@@ -57,6 +57,11 @@ async def console_store(face: Face, value: str, caller: Caller) -> None:
     container.check_alive()
     console = _parse(value, Origin(face.viewpoint.number, caller.uid, caller.gid))
     if not container.own(namespaces.SYSLOG):
+        if console is NO_CONSOLE:
+            # Of the time when it had a log.
+            container.console = console
+            container.save()
+            return
         raise OSError(errno.EOPNOTSUPP, "its log is another's", container.name)
     await set_console(container, console)
 

@@ -45,10 +45,11 @@ def stat_show(face: Face) -> str:
     if found:
         received, sent = (sum(column) for column in zip(*found, strict=True))
         pairs += [("net.rx_bytes", received), ("net.tx_bytes", sent)]
+    ring = container.log.ring
+    pairs.append(("log.records", ring.counters.kept_records))
+    pairs.append(("log.dropped", ring.counters.dropped_records))
     if not top:
-        counters = container.log.ring.counters
-        pairs += [("log.records", counters.kept_records), ("log.dropped", counters.dropped_records)]
-        pairs.append(("log.console_dropped", container.log.ring.console_dropped))
+        pairs.append(("log.console_dropped", ring.console_dropped))
     else:
         lines, paused, pauses = container.world.firewall_stat()
         pairs += [("firewall.lines", lines), ("firewall.paused", paused)]

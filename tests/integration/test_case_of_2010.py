@@ -90,14 +90,14 @@ def test_the_case_of_2010(instance: Instance, web: Container, tmp_path: Path) ->
         expected = list(range(COUNT))
         log = tmp_path / "kern.log"
         wait_until(
-            lambda: log.exists() and len(places(log.read_text(), "host")) >= COUNT,
+            lambda: log.exists() and len(places(log.read_text(errors="replace"), "host")) >= COUNT,
             "the host's rsyslogd has its lines",
         )
         wait_until(lambda: len(places(web.read("kmsg"), "web")) >= COUNT, "web has its lines")
         caught_up(instance)
         wait_until(lambda: len(places(web.run("cat /tmp/kern.log"), "web")) >= COUNT, "rsyslogd")
         inside = web.run("cat /tmp/kern.log")
-        assert places(log.read_text(), "host") == expected
+        assert places(log.read_text(errors="replace"), "host") == expected
         assert places(inside, "web") == expected
         assert places(web.read("kmsg"), "web") == expected
         assert "host rejects" not in inside + web.read("kmsg")

@@ -168,6 +168,26 @@ def test_a_parent_without_a_log_of_its_own(web: Container) -> None:
     assert texts(web) == texts(shared) == ["[shared/own] text"]
 
 
+def test_a_log_that_is_given_up_and_taken_again(instance: Instance, web: Container) -> None:
+    db = nested(web, "db")
+    db.write("console", "parent 7")
+    every = db.read("unshare").strip()
+    db.write("unshare", every.replace("syslog ", ""))
+    db.run("echo shared > /dev/kmsg")
+    assert texts(web) == ["shared"]
+    assert db.read("console") == "parent 7\n"
+    instance.kill_daemon()
+    db.write("unshare", every)
+    db.run("echo own > /dev/kmsg")
+    assert texts(web) == ["shared", "[db] own"]
+    db.write("unshare", every.replace("syslog ", ""))
+    db.write("console", "none")
+    db.write("unshare", every)
+    db.run("echo not echoed > /dev/kmsg")
+    assert texts(web) == ["shared", "[db] own"]
+    assert texts(db)[-1] == "not echoed"
+
+
 def test_what_is_wrong(web: Container, tmp_path: Path, screen: Screen) -> None:
     plain = tmp_path / "plain"
     plain.touch()
