@@ -153,6 +153,9 @@ class Attribute(Entry):
     truncate: Callable[[Any, Caller], None] | None = None
     watch: Callable[[Any], Watchers] | None = None
     """Where its changes are told: poll(2) then gives POLLPRI as it does for cgroup.events."""
+    lines: bool = False
+    """Its value is lines: what one open file is written piece by piece is one value, since shells'
+    echo and printf write each line by itself."""
     bound: str = ""
     """nsfs binds it elsewhere or opens it itself: it finds it as `.f/FACE.BOUND`."""
     mtime: Callable[[Any], int] | None = None

@@ -226,8 +226,13 @@ def check_namespace(face: Face, kind: str, caller: Caller) -> None:
     from inside, where nothing names an ancestor, nobody's.
     """
     holder = face.container.holder(kind)
-    if holder is face.container:
-        return
+    if holder is not face.container:
+        check_holder(face, holder, kind, caller)
+
+
+def check_holder(face: Face, holder: Container, kind: str, caller: Caller) -> None:
+    """Whether a caller who looks by a face may change another container's namespace: that one's
+    owner may, and root, where it is to be seen; EPERM if not."""
     inside = face.viewpoint in holder.lineage()
     may = {face.viewpoint.root_uid}
     if face.viewpoint.parent is None:

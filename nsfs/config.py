@@ -5,6 +5,7 @@ that follow. ``#`` or ``;`` begins a line that is a comment. Every key may be le
 the whole file. What is wrong in it is reported at once and all together, with file, line and key.
 """
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ DEFAULT_DIR = PurePosixPath("/sys/namespaces")
 
 # The kernel's eight (namespaces(7)), and the one that nsfs provides.
 TYPES = (*namespaces.SORTED, namespaces.SYSLOG)
-# `none` is a loopback interface only, `host` the parent's network namespace.
-NETWORKS = ("none", "host")
+# `none` is a loopback interface only, `host` the parent's network namespace, `veth` an interface
+# whose other end is the parent's.
+NETWORKS = ("none", "host", "veth")
 # Of syslog(2): it acts on the container's log, or it fails.
 SECCOMP = ("notify", "deny")
 
@@ -28,6 +30,9 @@ SECCOMP = ("notify", "deny")
 ID_RANGE = 65536
 # (uid_t)-1 means "none" to the kernel, (uid16_t)-1 to old programs, so the last range is not used.
 LAST_ID = 0xFFFF_0000 - 1
+
+# Of the private addresses (RFC 1918), a part that few have heard of.
+PREFIX = ipaddress.IPv4Network("10.213.0.0/16")
 
 T = TypeVar("T")
 
@@ -188,6 +193,17 @@ def _binds(lines: list[Line]) -> tuple[tuple[str, str, str], ...]:
     return tuple(binds.values())
 
 
+def _prefix(lines: list[Line]) -> ipaddress.IPv4Network:
+    line = _one(lines)
+    try:
+        prefix = ipaddress.IPv4Network(line.text)
+    except ValueError:
+        raise _BadValueError(line, f"not a prefix of IPv4: {line.text!r}") from None
+    if prefix.prefixlen > 31 or "/" not in line.text:
+        raise _BadValueError(line, f"not a prefix with room for two addresses: {line.text!r}")
+    return prefix
+
+
 def _limits(lines: list[Line]) -> limits.Limits:
     chosen: dict[tuple[str, str], tuple[str, str]] = {}
     for line in _rows(lines):
@@ -249,6 +265,13 @@ class Make:
 
 
 @dataclass(frozen=True)
+class Network:
+    """[network]: the addresses of `network veth`, two for each container."""
+
+    prefix: Annotated[ipaddress.IPv4Network, _prefix] = PREFIX
+
+
+@dataclass(frozen=True)
 class Log:
     """[log]: `bytes` of each ring, `bytes_max` that one may be given; records a second and at once,
     None for no limit.
@@ -302,6 +325,7 @@ class Config:
     ids: Ids = field(default_factory=Ids)
     defaults: Defaults = field(default_factory=Defaults)
     make: Make = field(default_factory=Make)
+    network: Network = field(default_factory=Network)
     log: Log = field(default_factory=Log)
     discovery: Discovery = field(default_factory=Discovery)
     limits: Limits = field(default_factory=Limits)
@@ -314,6 +338,7 @@ SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
         "ids": Ids,
         "defaults": Defaults,
         "make": Make,
+        "network": Network,
         "log": Log,
         "discovery": Discovery,
         "limits": Limits,

@@ -269,6 +269,8 @@ class Container:
     """Which slice of its parent's IDs it has; 0: the parent's own range, or one of the host's."""
     range: int | None = None
     """The start of the host's range that was set aside for it."""
+    address: str = ""
+    """Its address, where its network is `veth`."""
     request: int = 0
     """The FUSE request that made it, by which a repeated one is recognised."""
     since: float = 0.0
@@ -298,6 +300,9 @@ class Container:
     """Held while a limit is set."""
     pins: list[tuple[int, str]] = field(default_factory=list)
     """(viewpoint's number, path there) of what holds its namespaces open for `nsproxy/`."""
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    """Of its interfaces' other ends: (number of the container in whose network namespace it was
+    made, index there)."""
     watches: list[int] = field(default_factory=list)
     changed: Watchers = field(default_factory=Watchers)
     own_log: Log | None = None
@@ -513,6 +518,8 @@ class Container:
                 "faces": self.faces,
                 "pins": self.pins,
                 "past": self.group.past,
+                "ends": self.ends,
+                "address": self.address,
             },
         )
 
@@ -564,6 +571,8 @@ class Container:
         self.log_limits = LogLimits(*limits) if limits else None
         self.pins = [(v, p) for v, p in record["pins"]]
         self.group.past = record.get("past", {})
+        self.address = record.get("address", "")
+        self.ends = [(n, i) for n, i in record.get("ends", ())]
         self.faces = {int(k): v for k, v in record["faces"].items()}
 
 

@@ -129,6 +129,9 @@ class Value(OpenFile):
         self.snapshot = b""
         self.generation = 0
         """Of the container, when it was opened to be written."""
+        self.written = b""
+        """The value that the next write goes on with, and where that would be."""
+        self.end = 0
         self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
         self.version = self.watchers.version if self.watchers else 0
         if self.entry.store is not None:
@@ -169,12 +172,15 @@ class Value(OpenFile):
         return self.snapshot[offset : offset + size]
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
-        """One value, whatever the offset (`>>` writes at st_size)."""
+        """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
+        one after another."""
         if self.entry.store is None:
             raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
-        if len(data) > VALUE_MAX:
+        before = self.written if self.entry.lines and offset == self.end else b""
+        self.written, self.end = b"", 0
+        if len(before) + len(data) > VALUE_MAX:
             raise OSError(errno.E2BIG, "value too long", self.entry.name)
-        value = data.removesuffix(b"\n")
+        value = (before + data).removesuffix(b"\n")
         if b"\0" in value:
             raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
         container: Container = self.face.container
@@ -189,6 +195,8 @@ class Value(OpenFile):
             result = self.entry.store(self.face, os.fsdecode(value), self.caller)
             if result is not None:
                 await result
+        if data.endswith(b"\n"):
+            self.written, self.end = before + data, offset + len(data)
         return len(data)
 
     def poll(self, notify: Callable[[], None] | None) -> int:
@@ -665,8 +673,10 @@ class Operations(pyfuse3.Operations):
         parent = await self.node(parent_inode)
         text = os.fsdecode(name)
         if isinstance(parent.entry, Directory) and parent.entry.make is not None:
-            with self._changing(parent, text, _caller(ctx)):
-                await parent.entry.make(parent.face, text, _caller(ctx))
+            # What the daemon before this one made is there by now.
+            if not (self.replayed() and await self._is_there(parent, text, _caller(ctx))):
+                with self._changing(parent, text, _caller(ctx)):
+                    await parent.entry.make(parent.face, text, _caller(ctx))
             return self.attributes(await self.find(parent, text, _caller(ctx)))
         if parent.entry is not self.tables.root:
             raise PermissionError(
@@ -725,6 +735,14 @@ class Operations(pyfuse3.Operations):
                 lifecycle.remove_idle(container)
         self.forget_name(parent, container, text)
 
+    async def _is_there(self, parent: Node, name: str, caller: Caller) -> bool:
+        """Whether a directory has that name."""
+        try:
+            await self.find(parent, name, caller)
+        except FileNotFoundError:
+            return False
+        return True
+
     def forget_name(self, parent: Node, container: Container, name: str) -> None:
         """Have the kernel drop a container's name wherever else it is seen."""
         for face in self.world.known_faces(parent.face.container):
@@ -752,6 +770,7 @@ class Operations(pyfuse3.Operations):
         what `state` says when it fails."""
         view = self.tables.view(directory)
         with directory.face.container.telling_why(name):
+            self._check_now(directory, caller)
             if view is not None:
                 check_write(directory.face, view, caller)
             yield
@@ -801,8 +820,16 @@ class Operations(pyfuse3.Operations):
         if replayed and old_name not in known and new_name in known:
             # The daemon before this one did it, and did not get to say so.
             return
+        if replayed and not await self._is_there(source, old_name, _caller(ctx)):
+            # Likewise of what is in a view.
+            await self.find(target, new_name, _caller(ctx))
+            return
         node = await self.find(source, old_name, _caller(ctx))
         if isinstance(source.entry, Directory) and source.entry.rename is not None:
+            if not isinstance(node.entry, Directory) or self.tables.child(source, old_name):
+                raise PermissionError(errno.EPERM, "it has no other name", old_name)
+            if await self._is_there(target, new_name, _caller(ctx)):
+                raise OSError(errno.EEXIST, "the name is taken", new_name)
             if not isinstance(target.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", new_name)
             with (

@@ -38,7 +38,10 @@ from nsfs.container import (
     reserved,
 )
 from nsfs.limits import DEVICES, find, key, merged, no_limit, parse
+from nsfs.network import connect as connected
+from nsfs.network import opened
 from nsfs.spawner import Recipe
+from nsfs.view import in_thread
 from nsfs.world import World
 
 log = logging.getLogger(__name__)
@@ -96,12 +99,14 @@ async def _make(
     each.log_limits = loglimits.for_child(parent)
     parent.children[name] = each
     try:
+        _give_address(each)
         if spare is None:
             await construct(each)
         else:
             each.phase = Phase.MAKING
             each.save()
             await world.spawner.set_hostname(each.init_pid, overflow_hostname(name))
+        await _connect(each)
         _run(each)
         if not world.ready.put(each.number, 1):
             each.save()
@@ -138,6 +143,31 @@ def _run(container: Container) -> None:
         raise OSError(errno.ENOENT, "it was removed", container.name)
     container.phase = Phase.RUNNING
     container.world.watch(container)
+
+
+def _give_address(container: Container) -> None:
+    """Choose its address, if its construction asks for one; ENOSPC when all are taken."""
+    build = container.build
+    wanted = build.network == "veth" and "net" in build.types
+    if wanted != bool(container.address):
+        container.address = container.world.addresses.take() if wanted else ""
+
+
+async def _connect(container: Container) -> None:
+    """Give it the interface that its construction asks for."""
+    address, pid, name = container.address, container.init_pid, container.name
+    if not address:
+        return
+    assert container.parent is not None
+    world, parent = container.world, container.parent.holder("net")
+    parent_pid = None if parent.parent is None else parent.init_pid
+    stale = {i for number, i in world.stale_ends if number == parent.number}
+
+    def connect() -> int:
+        with opened(pid) as here, opened(parent_pid) as there:
+            return connected(here, there, name, address, stale)
+
+    world.add_end(container, parent, await in_thread(connect))
 
 
 def _give_ids(container: Container) -> None:
@@ -401,6 +431,7 @@ async def rebuild(container: Container, build: Build) -> None:
 async def _rebuild(container: Container, build: Build) -> None:
     world, before = container.world, container.build
     before_ids = (container.map, container.range, container.slice)
+    before_address = container.address
     container.settled = trio.Event()
     try:
         trees = await _trees(container, build)
@@ -408,8 +439,12 @@ async def _rebuild(container: Container, build: Build) -> None:
             try:
                 container.build = build
                 _give_ids(container)
+                _give_address(container)
                 await _exchange(container, trees)
             except OSError:
+                if container.address != before_address:
+                    world.addresses.give_back(container.address)
+                    container.address = before_address
                 if container.range is not None and container.range != before_ids[1]:
                     world.ranges.give_back(container.range)
                 container.build = before
@@ -421,6 +456,8 @@ async def _rebuild(container: Container, build: Build) -> None:
                 trees.close()
         if before_ids[1] is not None and before_ids[1] != container.range:
             world.ranges.give_back(before_ids[1])
+        if before_address != container.address:
+            world.addresses.give_back(before_address)
     finally:
         container.settled.set()
 
@@ -518,11 +555,13 @@ async def _exchange(container: Container, trees: Trees) -> None:
     container.group.kill()
     await world.depopulated(container)
     await world.unpin(container)
+    world.retire_ends(container)
     container.group.remove()
     _make_groups(container)
     await _start(container, trees)
     # Not before: they may have been set to less than an init needs to start, since it had.
     await _set_limits(container, gone=(errno.ENODEV,))
+    await _connect(container)
     _run(container)
     container.save()
     # It may have a log of its own again.
@@ -668,6 +707,7 @@ def _detach(container: Container) -> None:
         each.world.unwatch(each)
     for each in gone:
         pods.hand_over(each)
+        each.world.retire_ends(each)
     with contextlib.suppress(OSError):
         container.save()
 

@@ -63,6 +63,11 @@ def hand_over(container: Container) -> None:
         if kind == namespaces.SYSLOG:
             world.store.move_log(container.number, heir.number)
             heir.own_log, container.own_log = container.own_log, None
+        if kind == "net":
+            # The interfaces and their addresses stay.
+            heir.ends, container.ends = [*heir.ends, *container.ends], []
+            heir.address, container.address = container.address or heir.address, ""
+            heir.save()
         if heir.phase is Phase.RUNNING:
             for tell in world.inherited:
                 tell(heir)

@@ -34,6 +34,7 @@ from nsfs.container import (
 )
 from nsfs.logring import LogRing
 from nsfs.logstream import Log
+from nsfs.network import Addresses
 from nsfs.notices import Notices
 from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
@@ -50,6 +51,8 @@ FAILED_EXEC_MS = 100
 """How long the process of a command that could not be executed may take to go."""
 UNFINISHED = (Phase.SPARE, Phase.MAKING, Phase.GONE)
 """Of what a record says: nobody was told that it is there, or it was being removed."""
+STALE_MAX = 4096
+"""How many ends of interfaces are remembered whose other end is gone."""
 NO_FACE = 0xFFFFFFFF
 """A face that never is: the numbers end before."""
 OUTPUT_BYTES = 65536
@@ -95,6 +98,7 @@ class World:
         self.store = store
         self.config = config
         self.hierarchies = hierarchies
+        self.addresses = Addresses(config.network.prefix)
         self.ranges = idmap.Ranges(config.ids.first, config.ids.last, config.ids.per_container)
         self.opens = Slots(os.path.join(store.directory, "opens"))
         """Open files' tokens to what the next daemon needs to go on with them."""
@@ -107,6 +111,8 @@ class World:
             self._keep_generation(inode, (self._buried.get(inode) or (0,))[0])
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
+        self.stale_ends: dict[tuple[int, int], None] = {}
+        """(number of the container whose namespace it is in, index there)."""
         self.faces: dict[int, tuple[int, int]] = {}
         """Face's number to (viewpoint's, container's) number."""
         self._faces: dict[tuple[int, int], Face] = {}
@@ -150,6 +156,8 @@ class World:
         self.containers[container.number] = container
         if container.range is not None:
             self.ranges.claim(container.range)
+        if container.address:
+            self.addresses.claim(container.address)
         for viewpoint, number in container.faces.items():
             self.faces[number] = (viewpoint, container.number)
 
@@ -176,6 +184,8 @@ class World:
         self.notices.forget(container)
         if container.range is not None:
             self.ranges.give_back(container.range)
+        if container.address:
+            self.addresses.give_back(container.address)
         for viewpoint, number in container.faces.items():
             self.faces.pop(number, None)
             self._faces.pop((viewpoint, container.number), None)
@@ -184,6 +194,22 @@ class World:
                 self._buried.drop(inode)
         if len(self.containers) == 1:
             self._empty.unpark_all()
+
+    # --- ends of pairs of interfaces ---
+
+    def add_end(self, container: Container, parent: Container, ifindex: int) -> None:
+        """The other end of an interface of its is in the parent's namespace, by that index."""
+        container.ends.append((parent.number, ifindex))
+        container.save()
+
+    def retire_ends(self, container: Container) -> None:
+        """Its namespace is dead: the kernel takes the other ends down in its own time, and until
+        then their names are free for who wants them."""
+        self.stale_ends = {e: None for e in self.stale_ends if e[0] != container.number}
+        self.stale_ends.update(dict.fromkeys(container.ends))
+        container.ends.clear()
+        while len(self.stale_ends) > STALE_MAX:
+            del self.stale_ends[next(iter(self.stale_ends))]
 
     async def emptied(self) -> None:
         """Wait until nothing is left of any container but the root."""
@@ -208,6 +234,7 @@ class World:
                 each.phase = Phase.RUNNING
             if each.phase in UNFINISHED or parent.phase is Phase.GONE:
                 each.phase = Phase.GONE
+                self.retire_ends(each)
                 doomed.append(each)
             else:
                 parent.children[each.name] = each

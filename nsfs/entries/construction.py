@@ -8,7 +8,8 @@ unshare  0644: the types that it has namespaces of its own of; `syslog` is one o
 binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
 seccomp  0644: what becomes of syslog(2): `notify` (it acts on the container's log, by seccomp user
          notification) or `deny` (EPERM, and members may use such notification themselves)
-network  in `defaults/` only: `none` (its own, with loopback up) or `host` (the parent's)
+network  0644: `none` (its own, with loopback up), `veth` (its own, with an interface that has an
+         address and a default route to the parent) or `host` (the parent's)
 limits   in `defaults/` only: lines `NAME VALUE`, named as in cgroup v2
 log      in `defaults/` only: see `loglimits`
 
@@ -40,9 +41,12 @@ from nsfs.attribute import (
     parse_words,
     unescape,
 )
+from nsfs.config import NETWORKS
 from nsfs.container import ORIGINS, Face, Origin
 from nsfs.entries import loglimits
 from nsfs.limits import Limits
+
+OF_LINES = ("binds", "idmap", "limits")
 
 
 def _absolute(path: str) -> str:
@@ -103,8 +107,8 @@ def format_binds(binds: tuple[tuple[str, str, str], ...]) -> str:
 
 
 def parse_network(value: str) -> str:
-    """`none` or `host`."""
-    if value not in ("none", "host"):
+    """`none`, `host` or `veth`."""
+    if value not in NETWORKS:
         raise invalid(value)
     return value
 
@@ -178,7 +182,9 @@ def _own(name: str) -> Attribute:
         elif changed != container.build:
             await lifecycle.rebuild(container, changed)
 
-    return Attribute(name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS)
+    return Attribute(
+        name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS, lines=name in OF_LINES
+    )
 
 
 def _default(name: str) -> Attribute:
@@ -200,10 +206,10 @@ def _default(name: str) -> Attribute:
             container.defaults.update({name: parsed, **_origin(name, face, caller)})
         container.save()
 
-    return Attribute(name, show=show, store=store)
+    return Attribute(name, show=show, store=store, lines=name in OF_LINES)
 
 
 FILES = (
-    *(_own(name) for name in ("rootfs", "idmap", "unshare", "seccomp", "binds")),
+    *(_own(name) for name in ("rootfs", "idmap", "unshare", "seccomp", "binds", "network")),
     Directory("defaults", entries=(*(_default(name) for name in PARTS), loglimits.DEFAULT)),
 )

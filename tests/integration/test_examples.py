@@ -28,7 +28,7 @@ TOP = Path(__file__).parents[2]
 DOCUMENTS = ("README.rst", "man/nsfs.5.rst")
 COMMAND_S = 10.0
 """How long a command may take."""
-SETTLE_S = 2.0
+SETTLE_S = 10.0
 """How long it may take until what a program inside does can be read."""
 READS = re.compile(r"(?:cat|grep|ls) [^|;&>]*")
 """Commands that change nothing: they are repeated until they print what is expected, as a user does

@@ -58,6 +58,8 @@ RULES: dict[str, tuple[str, int, str]] = {
     "mnt/root": ("owner", 0o777, ""),
     "namespaces": ("parent", 0o644, ""),
     "net": ("owner", 0o755, ""),
+    "net/*": ("owner", 0o644, ""),
+    "network": ("parent", 0o644, "not root"),
     "nflog": ("owner", 0o644, "not root"),
     "nsfs.log": ("parent", 0o644, "not root"),
     "nsfs.dev": ("owner", 0o644, "hidden"),
@@ -197,6 +199,10 @@ class Expected:
     def mkdir(self) -> int:
         if not self.allowed(2):
             return errno.EACCES
+        if self.entry.path == "net":
+            # An interface, whose other end is in the parent's network.
+            above = self.entry.object != "." and (self.root or self.uid == self.parent)
+            return 0 if above else errno.EPERM
         return errno.EPERM if self.entry.path else 0
 
     def rmdir(self) -> int:

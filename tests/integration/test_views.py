@@ -26,7 +26,7 @@ def fails(number: int) -> object:
 
 
 def test_net_is_the_kernels_own_of_that_namespace(web: Container) -> None:
-    assert sorted(os.listdir(web / "net")) == ["lo", "sysctl"]
+    assert sorted(os.listdir(web / "net")) == ["lo", "routes", "sysctl"]
     inside = web.run("cd /sys/class/net/lo; ls; cat mtu flags address statistics/rx_bytes")
     listed, _, values = inside.rpartition("uevent\n")
     shown = set(os.listdir(web / "net/lo"))
@@ -59,7 +59,7 @@ def test_the_kernels_own_errors(web: Container) -> None:
 def test_interfaces_come_and_go_and_are_seen_at_once(web: Container) -> None:
     run = f"nsenter --net={web / 'nsproxy/net'} ip link"
     shell(f"{run} add br0 type bridge; {run} add d0 type veth peer e0; {run} set d0 master br0")
-    assert sorted(os.listdir(web / "net")) == ["br0", "d0", "e0", "lo", "sysctl"]
+    assert sorted(os.listdir(web / "net")) == ["br0", "d0", "e0", "lo", "routes", "sysctl"]
     assert os.readlink(web / "net/d0/master") == "../br0"
     assert os.readlink(web / "net/br0/lower_d0") == "../d0"
     assert (web / "net/d0/master/bridge/stp_state").read_text() == "0\n"
@@ -68,7 +68,7 @@ def test_interfaces_come_and_go_and_are_seen_at_once(web: Container) -> None:
         os.stat(web / "net/d0")
     assert (web / "net/br0/lower_d1/mtu").read_text() == "1500\n"
     shell(f"{run} del br0")
-    assert sorted(os.listdir(web / "net")) == ["d1", "e0", "lo", "sysctl"]
+    assert sorted(os.listdir(web / "net")) == ["d1", "e0", "lo", "routes", "sysctl"]
 
 
 def test_the_same_from_inside(web: Container) -> None:
@@ -81,7 +81,7 @@ def test_the_same_from_inside(web: Container) -> None:
 def test_rm_in_a_view_harms_nothing(web: Container) -> None:
     shell(f"nsenter --net={web / 'nsproxy/net'} ip link add d0 type veth peer e0")
     shell(f"rm -rf {web / 'net'} {web / 'uts'}; rm -rf {web / 'net/d0'}; rm {web / 'net/d0/mtu'}")
-    assert sorted(os.listdir(web / "net")) == ["d0", "e0", "lo", "sysctl"]
+    assert sorted(os.listdir(web / "net")) == ["d0", "e0", "lo", "routes", "sysctl"]
     assert web.read("net/d0/mtu") == "1500\n"
 
 
@@ -169,7 +169,7 @@ def test_a_view_does_not_keep_a_namespace(tree: Path) -> None:
 
 def test_the_roots_is_the_hosts(tree: Path) -> None:
     assert sorted(os.listdir(tree / "net")) == sorted(
-        ["sysctl"]
+        ["routes", "sysctl"]
         + [name for name in os.listdir("/sys/class/net") if Path("/sys/class/net", name).is_dir()]
     )
 

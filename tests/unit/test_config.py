@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import FrozenInstanceError, asdict, fields
+from ipaddress import IPv4Network
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -94,6 +95,8 @@ limits =
     pids.max max
 [make]
 spare = 2
+[network]
+prefix = 10.0.0.0/8
 [log]
 bytes = 1m
 bytes_max = 2M
@@ -132,6 +135,7 @@ modules =
             ),
         },
         "make": {"spare": 2},
+        "network": {"prefix": IPv4Network("10.0.0.0/8")},
         "log": {
             "bytes": 2**20,
             "bytes_max": 2**21,
@@ -194,7 +198,7 @@ def test_empty_lists_are_empty() -> None:
             "4: defaults.binds: a second bind at '/a'",
         ),
         ("[defaults]\nbinds = / /b ro", "2: defaults.binds: a bind over the root: that is rootfs"),
-        ("[defaults]\nnetwork = wifi", "2: defaults.network: not one of none, host: 'wifi'"),
+        ("[defaults]\nnetwork = wifi", "2: defaults.network: not one of none, host, veth: 'wifi'"),
         (
             "[defaults]\nlimits = pid.max 1",
             "2: defaults.limits: not a limit: 'pid.max' (" + " ".join(limits.NAMES) + ")",
@@ -213,6 +217,12 @@ def test_empty_lists_are_empty() -> None:
         (
             "[defaults]\nlimits = cpu.max max 5",
             "2: defaults.limits: out of range: '5' (1000 to 1000000)",
+        ),
+        ("[network]\nprefix = 10.0.0.1/8", "2: network.prefix: not a prefix of IPv4: '10.0.0.1/8'"),
+        ("[network]\nprefix = fd00::/8", "2: network.prefix: not a prefix of IPv4: 'fd00::/8'"),
+        (
+            "[network]\nprefix = 10.0.0.1",
+            "2: network.prefix: not a prefix with room for two addresses: '10.0.0.1'",
         ),
         ("[log]\nbytes = 1T", "2: log.bytes: not a number: '1T'"),
         ("[log]\nrate = 0", "2: log.rate: out of range: '0' (1 to 1000000000)"),
