@@ -129,7 +129,7 @@ def containers_of(world: World, uid: int) -> Iterator[Container]:
     for each in world.containers.values():
         if (
             each.parent is not None
-            and each.phase is not Phase.GONE
+            and each.phase not in (Phase.GONE, Phase.SPARE)
             and each.owner_seen(world.root)[0] == uid
         ):
             yield each

@@ -9,7 +9,8 @@ first mkdir.
 A spare is to be just what a mkdir at that time would make.  So one whose construction is not
 what `defaults/` says now is removed, as is one that nobody wanted for a while: what a
 namespace copies from the host's (domain name, sysctls of networking) is no older than that.
-Constructions that name a path get none: what the path leads to is decided by the mkdir.
+Constructions that name a path or another container get none: what that leads to is decided by the
+mkdir.
 
 The next daemon removes what it finds of them.
 """
@@ -101,7 +102,9 @@ class Spares:
             await trio.sleep_until(quiet_s)
         world = self.world
         build = world.root.child_build()
-        if build.rootfs != "host" or build.binds or world.ranges.free <= RANGES_LEFT:
+        if build.rootfs != "host" or build.binds or build.shared:
+            return False
+        if world.ranges.free <= RANGES_LEFT:
             return False
         each = world.new_container(world.root, build)
         each.phase = Phase.SPARE

@@ -129,6 +129,24 @@ async def test_a_failure_is_not_repeated_before_the_next_mkdir(
         spares.close()
 
 
+@pytest.mark.parametrize(
+    "build",
+    [Build(rootfs="/usr"), Build(binds=(("/a", "/b", "ro"),)), Build(shared=(("net", 7),))],
+    ids=["rootfs", "binds", "shared"],
+)
+async def test_none_of_a_construction_that_names_something(
+    world: World, build: Build, autojump_clock: trio.testing.MockClock
+) -> None:
+    spares = Spares(world)  # type: ignore[arg-type]
+    world.build = build
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(spares.run)
+        spares.claim(world.root, build, ROOT)  # type: ignore[arg-type]
+        await trio.sleep(1)
+        assert not world.made_at
+        spares.close()
+
+
 async def test_none_while_ids_are_scarce(
     world: World, autojump_clock: trio.testing.MockClock
 ) -> None:
