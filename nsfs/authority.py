@@ -136,42 +136,51 @@ def containers_of(world: World, uid: int) -> Iterator[Container]:
 
 
 async def check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
-    """Whether whoever named that tree may make it a container's root filesystem; EPERM when not.
+    """Whether whoever named that tree may make it a container's root filesystem; EPERM when not."""
+    mapped = "user" in build.types
+    await check_tree(
+        tree_fd, build.rootfs, build.rootfs_origin, container, mapped=mapped, hidden=mapped
+    )
+    if not stat.S_ISDIR(os.fstat(tree_fd).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "the root filesystem is no directory", build.rootfs)
 
-    Idmapped from uid 0, its files belong on disk to the host's users: a member that is root inside
-    could leave a setuid program of the host's root there.  So the host's root may name such a tree
-    only where other users of the host cannot reach it: below a directory that they cannot search.
-    Anybody else may name a tree of their own, of which `rootfs_map` says more.
+
+async def check_tree(
+    tree_fd: int, path: str, origin: Origin, container: Container, *, mapped: bool, hidden: bool
+) -> None:
+    """Whether whoever named a tree may have a container use it as if it were its own; EPERM if not.
+
+    `mapped`: idmapped from uid 0, its files belong on disk to the host's users: a member that is
+    root inside could leave a setuid program of the host's root there.  So the host's root may name
+    such a tree only where other users of the host cannot reach it, if it is writable (`hidden`):
+    below a directory that they cannot search.  Anybody else may name a tree of their own, of which
+    `rootfs_map` says more.
 
     The filesystem that it is on may be slow, broken, somebody's FUSE daemon or our own: a thread
     asks it.
     """
+
+    def check(fd: int) -> None:
+        try:
+            found = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if (os.major(found.st_dev), os.minor(found.st_dev)) == container.world.device_numbers:
+            raise OSError(errno.EINVAL, "the tree is nsfs's own", path)
+        if origin.uid != 0:
+            if found.st_uid != origin.uid:
+                raise PermissionError(errno.EPERM, "the tree belongs to somebody else", path)
+            if mapped:
+                rootfs_map(container, origin)
+        elif hidden and not _hidden_from_others(path):
+            raise PermissionError(
+                errno.EPERM,
+                "others can search every directory above it, and so run setuid programs left there",
+                path,
+            )
+
     # The thread may go on when nobody waits for it any more.
-    fd = os.dup(tree_fd)
-    await trio.to_thread.run_sync(_check_rootfs, fd, build, container, abandon_on_cancel=True)
-
-
-def _check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
-    path, origin = build.rootfs, build.rootfs_origin
-    try:
-        found = os.fstat(tree_fd)
-    finally:
-        os.close(tree_fd)
-    if not stat.S_ISDIR(found.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "the root filesystem is no directory", path)
-    if (os.major(found.st_dev), os.minor(found.st_dev)) == container.world.device_numbers:
-        raise OSError(errno.EINVAL, "the tree is nsfs's own", path)
-    if origin.uid != 0:
-        if found.st_uid != origin.uid:
-            raise PermissionError(errno.EPERM, "the tree belongs to somebody else", path)
-        if "user" in build.types:
-            rootfs_map(container, origin)
-    elif "user" in build.types and not _hidden_from_others(path):
-        raise PermissionError(
-            errno.EPERM,
-            "others can search every directory above it, and so run setuid programs left there",
-            path,
-        )
+    await trio.to_thread.run_sync(check, os.dup(tree_fd), abandon_on_cancel=True)
 
 
 def rootfs_map(container: Container, origin: Origin) -> idmap.Map | None:

@@ -33,6 +33,7 @@ LAST_ID = 0xFFFF_0000 - 1
 
 # Of the private addresses (RFC 1918), a part that few have heard of.
 PREFIX = ipaddress.IPv4Network("10.213.0.0/16")
+BIND_MODES = ("ro", "rw", "ro,idmap", "rw,idmap")
 
 T = TypeVar("T")
 
@@ -182,7 +183,7 @@ def _binds(lines: list[Line]) -> tuple[tuple[str, str, str], ...]:
     binds: dict[str, tuple[str, str, str]] = {}
     for line in _rows(lines):
         words = line.text.split()
-        if len(words) != 3 or words[2] not in ("ro", "rw"):
+        if len(words) != 3 or words[2] not in BIND_MODES:
             raise _BadValueError(line, f"not TARGET SOURCE ro|rw: {line.text!r}")
         target, source = (str(_path(line, word)) for word in words[:2])
         if target == "/":

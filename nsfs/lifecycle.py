@@ -26,6 +26,7 @@ from nsfs.authority import (
     check_number,
     check_ranges,
     check_rootfs,
+    check_tree,
     namespace_owner,
     rootfs_map,
 )
@@ -288,6 +289,8 @@ class Trees:
 
     rootfs_fd: int | None = None
     binds: list[tuple[str, int, bool]] = field(default_factory=list)
+    mapped: list[int] = field(default_factory=list)
+    """Those of the binds whose files get the container's IDs."""
 
     def close(self) -> None:
         """Let go of them; what was mounted stays."""
@@ -307,13 +310,29 @@ async def _trees(container: Container, build: Build) -> Trees:
             origin = build.rootfs_origin
             trees.rootfs_fd = await world.tree(origin, build.rootfs)
             await check_rootfs(trees.rootfs_fd, build, container)
+        origin = build.binds_origin
         for target, source, mode in build.binds:
-            fd = await world.tree(build.binds_origin, source)
-            trees.binds.append((target, fd, mode == "ro"))
+            fd = await world.tree(origin, source)
+            trees.binds.append((target, fd, read_only(mode)))
+            if is_mapped(mode) and "user" in build.types:
+                trees.mapped.append(fd)
+                await check_tree(
+                    fd, source, origin, container, mapped=True, hidden=not read_only(mode)
+                )
     except BaseException:
         trees.close()
         raise
     return trees
+
+
+async def _map_binds(container: Container, trees: Trees, build: Build) -> None:
+    """Idmap what is to be: on disk it has the IDs of inside, or whose word it was is root inside."""
+    table = rootfs_map(container, build.binds_origin) or container.map if trees.mapped else ()
+    while trees.mapped:
+        await container.world.spawner.idmap(trees.mapped[-1], table)
+        if build.binds_origin.uid:
+            check_mapped(trees.mapped[-1], container)
+        trees.mapped.pop()
 
 
 async def _start(container: Container, trees: Trees) -> None:
@@ -327,6 +346,7 @@ async def _start(container: Container, trees: Trees) -> None:
     if trees.rootfs_fd is not None and disk is not None:
         await world.spawner.idmap(trees.rootfs_fd, disk)
         check_mapped(trees.rootfs_fd, container)
+    await _map_binds(container, trees, build)
     with _listening(world.store.socket_path(container.number)) as listener:
         container.init_pid = await world.spawner.make(
             Recipe(
@@ -484,6 +504,7 @@ async def rebind(container: Container, build: Build) -> None:
         container.save()
         try:
             with trio.CancelScope(shield=True):
+                await _map_binds(container, trees, build)
                 await _take(container, removed, old)
                 await _put(container, trees)
         except OSError:
@@ -502,13 +523,23 @@ async def rebind(container: Container, build: Build) -> None:
         old.close()
 
 
+def read_only(mode: str) -> bool:
+    """Of the last word of a line of `binds`."""
+    return mode.startswith("ro")
+
+
+def is_mapped(mode: str) -> bool:
+    """Whether the files have the container's IDs."""
+    return mode.endswith(",idmap")
+
+
 async def _take(container: Container, lines: list[tuple[str, str, str]], old: Trees) -> None:
     """Unmount binds, and keep them in `old`."""
     spawner = container.world.spawner
     for target, _, mode in lines:
         try:
             fd = await spawner.tree(container.init_pid, target)
-            old.binds.append((target, fd, mode == "ro"))
+            old.binds.append((target, fd, read_only(mode)))
             await spawner.unbind(container.init_pid, target)
         except OSError as error:
             # Its root was quicker.
@@ -521,8 +552,8 @@ async def _put(container: Container, trees: Trees) -> None:
     spawner, done = container.world.spawner, []
     slave = container.build.propagation == "slave"
     try:
-        for target, fd, read_only in trees.binds:
-            await spawner.bind(container.init_pid, target, fd, read_only, slave)
+        for target, fd, only_read in trees.binds:
+            await spawner.bind(container.init_pid, target, fd, only_read, slave)
             done.append(target)
     except OSError:
         for target in reversed(done):

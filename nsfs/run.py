@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from nsfs.attribute import one_line
 from nsfs.cgroup import Hierarchies
+from nsfs.config import BIND_MODES
 from nsfs.limits import Limits, find, key, merged, parse
 
 LIBEXEC = Path(__file__).parent / "libexec"
@@ -78,7 +79,7 @@ def enter(argv: list[str]) -> NoReturn:
 
 
 class Bind(NamedTuple):
-    """SOURCE[:TARGET[:ro|rw]] of a command line."""
+    """SOURCE[:TARGET[:ro|rw[,idmap]]] of a command line."""
 
     text: str
     source: str
@@ -89,9 +90,9 @@ class Bind(NamedTuple):
     def parse(cls, text: str) -> Bind:
         """ValueError for what is none."""
         words = text.split(":")
-        mode = words.pop() if words[-1] in ("ro", "rw") else "rw"
+        mode = words.pop() if words[-1] in BIND_MODES else "rw"
         if not 1 <= len(words) <= 2 or not all(words):
-            raise ValueError(f"--bind {text}: SOURCE[:TARGET[:ro|rw]]")
+            raise ValueError(f"--bind {text}: SOURCE[:TARGET[:ro|rw[,idmap]]]")
         source = os.path.abspath(words[0])
         target = words[-1] if len(words) == 2 else source
         if not target.startswith("/") or ".." in target.split("/"):

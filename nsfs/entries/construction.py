@@ -5,7 +5,7 @@ rootfs   0644: `host` (the parent's root filesystem alone, read-only) or an abso
          writer sees it
 idmap    0644: `auto`, `host` (the parent's own IDs), or lines `INSIDE PARENT COUNT`
 unshare  0644: the types that it has namespaces of its own of; `syslog` is one of them
-binds    0644: lines `TARGET SOURCE ro` or `rw`; blanks in paths as \\040
+binds    0644: lines `TARGET SOURCE ro` or `rw`, or with `,idmap`; blanks in paths as \\040
 seccomp  0644: what becomes of syslog(2): `notify` (it acts on the container's log, by seccomp user
          notification) or `deny` (EPERM, and members may use such notification themselves)
 network  0644: `none` (its own, with loopback up), `veth` (its own, with an interface that has an
@@ -41,7 +41,7 @@ from nsfs.attribute import (
     parse_words,
     unescape,
 )
-from nsfs.config import NETWORKS
+from nsfs.config import BIND_MODES, NETWORKS
 from nsfs.container import ORIGINS, Face, Origin
 from nsfs.entries import loglimits
 from nsfs.limits import Limits
@@ -88,11 +88,11 @@ def format_unshare(types: tuple[str, ...]) -> str:
 
 
 def parse_binds(value: str) -> tuple[tuple[str, str, str], ...]:
-    """Lines TARGET SOURCE ro|rw."""
+    """Lines TARGET SOURCE ro|rw[,idmap]."""
     result: dict[str, tuple[str, str, str]] = {}
     for line in value.splitlines():
         words = line.split()
-        if len(words) != 3 or words[2] not in ("ro", "rw"):
+        if len(words) != 3 or words[2] not in BIND_MODES:
             raise invalid(line)
         target, source = (_absolute(unescape(word)) for word in words[:2])
         if target == "/" or target in result:

@@ -153,3 +153,64 @@ def test_a_disk_of_the_host_can_be_ejected(tree: Path, web: Container, shared: P
             assert f" {device} " not in path.read_text()
         except (FileNotFoundError, ProcessLookupError, OSError):
             continue
+
+
+def test_an_idmapped_bind_has_the_containers_ids(web: Container, data: Path) -> None:
+    data.parent.chmod(0o700)
+    for name, mode in (("roots", 0o600), ("other", 0o644)):
+        (data / name).write_text(f"{name}\n")
+        (data / name).chmod(mode)
+    os.chown(data / "other", 1000, 1000)
+    web.write("binds", f"/srv/data {data} rw,idmap\n/srv/file {data}/roots ro,idmap")
+    assert web.run("cat /srv/data/roots /srv/file") == "roots\n" * 2
+    assert web.run("stat -c %u /srv/data/roots /srv/data/other").split() == ["0", "1000"]
+    web.run("touch /srv/data/new; chown 7:8 /srv/data/new")
+    found = os.stat(data / "new")
+    assert (found.st_uid, found.st_gid) == (7, 8)
+    # Without it they are nobody's.
+    web.write("binds", f"/srv/data {data} rw")
+    assert web.run("stat -c %u /srv/data/roots").strip() == "65534"
+    assert web.run_code("cat /srv/data/roots")[0]
+    # And so it is built again.
+    web.write("binds", f"/srv/data {data} ro,idmap")
+    web.write("mnt/propagation", "slave")
+    assert web.run("cat /srv/data/roots") == "roots\n"
+    assert web.run_code("touch /srv/data/x")[0]
+
+
+def test_an_idmapped_bind_leaves_no_setuid_programs_for_others(web: Container, data: Path) -> None:
+    with fails(errno.EPERM):
+        web.write("binds", f"/srv/data {data} rw,idmap")
+    assert web.read("binds") == ""
+    web.write("binds", f"/srv/data {data} ro,idmap")
+    assert web.run("stat -c %u /srv/data").strip() == "0"
+
+
+def test_a_users_idmapped_bind_is_of_his_own(tree: Path, web: Container, data: Path) -> None:
+    alice = 4001
+    os.chown(web.path, alice, alice)
+    (web / "db").mkdir()
+    os.chown(web / "db", alice, alice)
+    db = Container(web / "db")
+    mine = data / "mine"
+    mine.mkdir()
+    os.chown(mine, alice, alice)
+
+    def write_as_alice(value: str) -> str:
+        program = "import os,sys; os.write(os.open(sys.argv[1], os.O_WRONLY), sys.argv[2].encode())"
+        done = subprocess.run(
+            ["python3", "-c", program, db / "binds", value],
+            user=alice, group=alice, extra_groups=[], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+    assert write_as_alice(f"/srv/data {mine} rw,idmap") == ""
+    db.run("touch /srv/data/new; chmod 4755 /srv/data/new; chown 5 /srv/data/new 2>/dev/null || :")
+    found = os.stat(mine / "new")
+    assert (found.st_uid, found.st_gid) == (alice, alice)
+    assert "PermissionError" in write_as_alice(f"/srv/data {data} rw,idmap")
+    assert "PermissionError" in write_as_alice(f"/srv/data {data} ro,idmap")
+    # What she cannot search she cannot bind.
+    data.chmod(0o700)
+    assert "PermissionError" in write_as_alice(f"/srv/x {mine} ro")
+    assert db.run("ls /srv/data") == "new\n"
