@@ -326,7 +326,7 @@ async def _trees(container: Container, build: Build) -> Trees:
 
 
 async def _map_binds(container: Container, trees: Trees, build: Build) -> None:
-    """Idmap what is to be: on disk it has the IDs of inside, or whose word it was is root inside."""
+    """Idmap what is to be: to its root what is his whose word it was, or is the host root's."""
     table = rootfs_map(container, build.binds_origin) or container.map if trees.mapped else ()
     while trees.mapped:
         await container.world.spawner.idmap(trees.mapped[-1], table)
