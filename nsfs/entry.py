@@ -24,6 +24,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import ClassVar
@@ -49,6 +50,7 @@ MULTI_CALL = re.compile(r"(busybox|toybox|coreutils)([.-].*)?")
 
 _OFFER = struct.Struct("=iIII")
 _NO_PROOF = 0xFFFFFFFF
+_SYSLOG = 1
 _TRACE_REQUEST = struct.Struct("=IiiiII")
 _TRACE_REPLY = struct.Struct("=iIII")
 _TRACE_SESSION, _TRACE_MOVE = 1, 2
@@ -84,7 +86,8 @@ def take_fd(tid: int, number: int) -> int:
 def parse_types(text: str) -> frozenset[str]:
     """Types of namespaces, separated by commas; EINVAL for anything else."""
     words = text.split(",")
-    if len(set(words)) != len(words) or not namespaces.ALL.issuperset(words):
+    known = namespaces.ALL | {namespaces.SYSLOG}
+    if len(set(words)) != len(words) or not known.issuperset(words):
         raise OSError(errno.EINVAL, "not a list of namespace types", text)
     return frozenset(words)
 
@@ -102,8 +105,8 @@ def check_open(container: Container) -> None:
 
 
 def bits(types: frozenset[str]) -> int:
-    """Their clone flags."""
-    return sum(CLONE_NEW[kind] for kind in types)
+    """Their clone flags, and that of ours."""
+    return sum(CLONE_NEW.get(kind, _SYSLOG) for kind in types)
 
 
 # --- sessions ---
@@ -134,7 +137,12 @@ async def send_offer(
         if types:
             # Before it can answer: `admit` asks who it is.
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            fds = [namespace(kind) for kind in sorted(types, key=lambda kind: CLONE_NEW[kind])]
+            kernels = types - {namespaces.SYSLOG}
+            fds = [namespace(kind) for kind in sorted(kernels, key=lambda kind: CLONE_NEW[kind])]
+            if kernels != types:
+                for name in ("kmsg", "pkmsg"):
+                    fds.append(await container.world.spawner.log(container.number, name))
+                    stack.callback(os.close, fds[-1])
         else:
             init = Init(container.world.store.socket_path(container.number))
             connections = [stack.enter_context(await init.hand_over(proven)) for _ in range(2)]
@@ -175,9 +183,17 @@ def check_part(types: frozenset[str]) -> None:
 async def admit(container: Container, types: frozenset[str], channel: socket.socket) -> None:
     """Wait for a process that has joined some of the namespaces, and count it among the members."""
     channel.setblocking(False)
-    with trio.socket.from_stdlib_socket(channel) as sock:
+    with trio.socket.from_stdlib_socket(channel) as sock, contextlib.ExitStack() as stack:
         try:
-            data, control, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(_UCRED.size))
+            room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(4)
+            data, control, _, _ = await sock.recvmsg(16, room, socket.MSG_CMSG_CLOEXEC)
+            listener_fds = [
+                int.from_bytes(payload, sys.byteorder)
+                for level, kind, payload in control
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            ]
+            for fd in listener_fds:
+                stack.callback(os.close, fd)
             pid = next(
                 (
                     _UCRED.unpack(payload)[0]
@@ -191,12 +207,15 @@ async def admit(container: Container, types: frozenset[str], channel: socket.soc
             error = 0
             try:
                 check_open(container)
-                for kind in types - {"pid"}:
+                for kind in types - {"pid", namespaces.SYSLOG}:
                     inside = namespaces.identity(container.init_pid, kind)
                     if namespaces.identity(pid, kind) != inside:
                         raise PermissionError(errno.EPERM, "it has not joined", kind)
                 group = leaf.Leaf(container, home_of(container, pid), pid, shown(types))
                 group.take()
+                if namespaces.SYSLOG in types:
+                    for fd in listener_fds:
+                        container.world.listen(container, pid, fd)
                 container.world.start(group.watch)
                 container.tell()
             except OSError as reason:
@@ -453,6 +472,8 @@ async def move(container: Container, types: frozenset[str], pid: int, caller: Ca
     for a program that is not of this architecture; EBUSY when it has several threads or does not
     stop.
     """
+    if namespaces.SYSLOG in types:
+        raise PermissionError(errno.EPERM, "what runs keeps the syslog(2) that it has", str(pid))
     home = home_of(container, pid, whole=not types)
     wanted = frozenset(
         kind

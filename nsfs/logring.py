@@ -28,6 +28,7 @@ import re
 import struct
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -182,6 +183,7 @@ class LogRing:
         self._positions = array("I")
         self._base = 0
         self._newest_token = 0
+        self._syslog_sizes: dict[bool, SyslogSizes] = {}
         if self._words[_MAGIC] == 0:
             self._make()
         elif self._words[_MAGIC] != MAGIC or self._words[_SIZE] != self._size:
@@ -386,6 +388,13 @@ class LogRing:
             state[SYSLOG], state[PARTIAL] = state[WAS_SYSLOG], state[WAS_PARTIAL]
             state[SYSLOG_TOKEN] = 0
             self._commit()
+
+    def syslog_sizes(self, time: bool) -> SyslogSizes:
+        """What its records have in the form of syslog(2), with or without the time."""
+        found = self._syslog_sizes.get(time)
+        if found is None:
+            found = self._syslog_sizes[time] = SyslogSizes(self, time)
+        return found
 
     def copy_into(self, buffer: memoryview | bytearray | mmap) -> LogRing:
         """Make zeroed memory of another size a ring with this one's newest records and numbers.
@@ -711,3 +720,41 @@ def syslog_length(record: Record, time: bool = True) -> int:
     """Bytes of format_syslog() were nothing dropped (get_record_print_text_size())."""
     lines = record.text.count(b"\n") + 1
     return len(_prefix(record, time)) * lines + len(record.text) + 1
+
+
+class SyslogSizes:
+    """Bytes of a ring's records as syslog_length() counts them; each is counted once.
+
+    The kernel counts all of them for each call.
+    """
+
+    def __init__(self, ring: LogRing, time: bool) -> None:
+        self._ring, self._time = ring, time
+        self._base = ring.first_seq
+        # Of the records from _base on, how many bytes there are before each.
+        self._before = array("Q", (0,))
+
+    def _count(self) -> None:
+        ring, before = self._ring, self._before
+        gone = ring.first_seq - self._base
+        if gone >= len(before):
+            self._base = ring.first_seq
+            before[:] = array("Q", (0,))
+        elif gone > len(before) // 2:
+            self._base = ring.first_seq
+            del before[:gone]
+        for seq in range(self._base + len(before) - 1, ring.next_seq):
+            found = ring.read(seq)
+            assert isinstance(found, Record)
+            before.append(before[-1] + syslog_length(found, self._time))
+
+    def since(self, seq: int) -> int:
+        """Bytes of record `seq`, which must be there, and all later ones."""
+        self._count()
+        return self._before[-1] - self._before[seq - self._base]
+
+    def fitting(self, first: int, size: int) -> int:
+        """The first record, but none before `first`, that fits with all later ones into so much."""
+        self._count()
+        low = max(first, self._ring.first_seq) - self._base
+        return self._base + bisect_left(self._before, self._before[-1] - size, low)

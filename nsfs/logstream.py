@@ -36,7 +36,6 @@ from nsfs.logring import (
     format_syslog,
     format_text,
     parse_write,
-    syslog_length,
 )
 
 SIZE = 4096
@@ -464,17 +463,11 @@ def _syslog_read(ring: LogRing, size: int, token: int, time: bool) -> bytes | No
 def _syslog_read_all(ring: LogRing, size: int, time: bool) -> bytes:
     """syslog_print_all(): the newest whole records since the last clear that fit."""
     parts: list[bytes] = []
-    seq = ring.next_seq
-    while seq > max(ring.first_seq, ring.clear_seq):
-        seq -= 1
+    # find_first_fitting_seq() counts with a length from which record_print_text() may drop.
+    for seq in range(ring.syslog_sizes(time).fitting(ring.clear_seq, size), ring.next_seq):
         found = ring.read(seq)
         assert isinstance(found, Record)
-        # find_first_fitting_seq() counts with this length, from which record_print_text() may drop.
-        size -= syslog_length(found, time)
-        if size < 0:
-            break
         parts.append(format_syslog(found, time))
-    parts.reverse()
     return b"".join(parts)
 
 
@@ -482,12 +475,9 @@ def _syslog_unread(ring: LogRing, time: bool) -> int:
     """Bytes that SYSLOG_ACTION_READ would give."""
     seq, partial = ring.syslog_position()
     found = ring.read(seq)
+    if found is None:
+        return 0
     if isinstance(found, Overrun):
         seq, partial = found.oldest, 0
         ring.set_syslog_position(seq, partial)
-    total = -partial
-    for unread in range(seq, ring.next_seq):
-        found = ring.read(unread)
-        assert isinstance(found, Record)
-        total += syslog_length(found, time)
-    return total
+    return ring.syslog_sizes(time).since(seq) - partial

@@ -45,7 +45,7 @@ _BINDS_MAX = 64
 
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
-_SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW = 10, 11, 12, 13
+_SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW, _LOG = 10, 11, 12, 13, 14
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
 SYSLOG_FD = 7
@@ -430,6 +430,10 @@ class Spawner:
     async def output(self, face: int) -> int:
         """`.f/FACE.output` of the mount, open for appending: a new descriptor."""
         return _fd(await self._call(_OUTPUT, face=face))
+
+    async def log(self, face: int, name: str) -> int:
+        """A detached mount of `.f/FACE.NAME`, which is `kmsg` or `pkmsg`: a new descriptor."""
+        return _fd(await self._call(_LOG, face=face, strings=(name,)))
 
     # --- acting in others' namespaces ---
 

@@ -15,6 +15,9 @@ Callers' memory is written by nsfs-uaccess (csrc/uaccess.c), since a page fault 
 long as somebody likes, and at most one such process waits for each container.  The others' calls
 are not held up by that: who has once made it wait shares a slow `_Lane` with his like.
 
+A process that has entered in part, with `syslog`, has a filter of its own, and its session program
+keeps the listener.
+
 What the kernel does is do_syslog() of kernel/printk/printk.c in Linux 6.18, and ns_capable() where
 that asks for capable(): the user namespace is the one that the container had when it got its log.
 """
@@ -37,7 +40,7 @@ from typing import NamedTuple
 
 import trio
 
-from nsfs import namespaces
+from nsfs import leaf, namespaces
 from nsfs.container import Container
 from nsfs.logstream import (
     SYSLOG_ACTION_CLEAR,
@@ -65,6 +68,8 @@ PATIENT_S = 10.0
 """How long then; the call fails with EFAULT."""
 SLOW_S = 60.0
 """How long a container is called slow."""
+SESSION = 1 << 62
+"""What tells a session's listener from a container's."""
 USER_TOP = 1 << 56
 """Above is no user's address, on any architecture (access_ok())."""
 
@@ -75,6 +80,7 @@ _NOTIF_AT = 8
 _REQUEST = struct.Struct("=QQqII")
 _REPLY = struct.Struct("=i")
 _SOCKET_FD, _DATA_FD = 3, 4
+_KEPT_FD = 255  # ENTRY_LISTENER_FD
 _CAP_SYS_ADMIN, _CAP_SYSLOG = 21, 34
 _INITIAL_USER_INO = 0xEFFFFFFD  # PROC_USER_INIT_INO
 _NS_GET_PARENT, _NS_GET_OWNER_UID = 0xB702, 0xB704
@@ -96,15 +102,17 @@ def _int(value: int) -> int:
 
 
 class Listener:
-    """The calls of one container."""
+    """The calls of one container, or of one session in part of it."""
 
-    __slots__ = ("calls", "container", "fd", "lane", "slow_until", "stuck", "user_ino")
+    __slots__ = ("calls", "container", "fd", "key", "lane", "slow_until", "stuck", "user_ino")
 
-    def __init__(self, container: Container, fd: int, user_ino: int) -> None:
+    def __init__(self, container: Container, key: int, fd: int, user_ino: int) -> None:
         self.container = container
+        self.key = key
+        """The container's number, or SESSION and a PID."""
         self.fd = fd
         self.user_ino = user_ino
-        """Its user namespace."""
+        """The container's user namespace."""
         self.calls = _Waiting()
         """Those that are to be given something."""
         self.lane: _Lane | None = None
@@ -319,10 +327,10 @@ class Syslog:
         directory = world.store.directory
         self._epoll = select.epoll()
         self._listeners: dict[int, Listener] = {}
-        self._of: dict[int, Listener] = {}
+        self._of: dict[int, list[Listener]] = {}
         """By the container's number."""
         self._landing = map_file(os.path.join(directory, "syslog.landing"), 4096)
-        """The container's number, then struct seccomp_notif."""
+        """The listener's key, then struct seccomp_notif."""
         self._landed = memoryview(self._landing).cast("Q")
         notif = memoryview(self._landing)[_NOTIF_AT : _NOTIF_AT + _NOTIF.size]
         self._notifications = Notifications(notif)
@@ -336,13 +344,15 @@ class Syslog:
         self._time_fd = _open_setting("/sys/module/printk/parameters/time")
         self._prompt, self._patient = _Lane(self, PROMPT_S), _Lane(self, PATIENT_S)
         self._left = self._take_up()
+        self._resuming = True
         world.started.append(self._started)
         world.ended.append(self._ended)
+        world.listen = self._listen
 
     # --- which listeners there are ---
 
     def _take_up(self) -> dict[int, list[Call]]:
-        """What the last daemon had received and not answered, by the container's number."""
+        """What the last daemon had received and not answered, by the listener's key."""
         if self._landed[1]:
             self._record(self._landed[0], self._landed_call())
             self._landed[1] = 0
@@ -353,12 +363,14 @@ class Syslog:
             left.setdefault(number, []).append(call)
         return left
 
-    def _record(self, number: int, call: Call) -> bool:
+    def _record(self, key: int, call: Call) -> bool:
         packed = call.tid | (call.action & 0xFFFFFFFF) << 32
-        return self._slots.put(call.ident, number, call.address, packed, call.length & 0xFFFFFFFF)
+        return self._slots.put(call.ident, key, call.address, packed, call.length & 0xFFFFFFFF)
 
     def _started(self, container: Container) -> None:
         """Take up a container's listener, if it has one."""
+        if self._resuming:
+            self._take_up_sessions(container)
         if container.build.seccomp != "notify":
             return
         try:
@@ -369,29 +381,55 @@ class Syslog:
             elif error.errno != errno.ESRCH:
                 log.warning("%s: syslog(2) is not answered: %s", container.name, error)
             return
+        self._take(container, container.number, fd)
+
+    def _take_up_sessions(self, container: Container) -> None:
+        for part, path in leaf.leaves(container):
+            if namespaces.SYSLOG not in part.types.split(","):
+                continue
+            pid = int(os.path.basename(path).split(".", 3)[2])
+            with contextlib.suppress(OSError, StopIteration):
+                with open(f"/proc/{pid}/status", "rb") as file:
+                    keeper = next(int(line[5:]) for line in file if line.startswith(b"PPid:"))
+                fd = pidfd_getfd(keeper, _KEPT_FD)
+                # Who is its parent now may be another.
+                if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify":
+                    self._take(container, SESSION | pid, fd)
+                else:
+                    os.close(fd)
+
+    def _listen(self, container: Container, pid: int, fd: int) -> None:
+        self._take(container, SESSION | pid, os.dup(fd))
+
+    def _take(self, container: Container, key: int, fd: int) -> None:
+        """Take up a listener."""
         try:
             user_ino = namespaces.identity(container.init_pid, "user")
         except OSError:
             os.close(fd)
             return
-        listener = Listener(container, fd, user_ino)
-        self._listeners[fd] = self._of[container.number] = listener
+        listener = Listener(container, key, fd, user_ino)
+        self._listeners[fd] = listener
+        self._of.setdefault(container.number, []).append(listener)
         self._epoll.register(fd, select.EPOLLIN)
-        for call in self._left.pop(container.number, ()):
+        for call in self._left.pop(key, ()):
             if listener.is_valid(call):
                 self._serve(listener, call)
             else:
                 self._slots.drop(call.ident)
 
     def _ended(self, container: Container) -> None:
-        listener = self._of.get(container.number)
-        if listener is not None:
+        for listener in list(self._of.get(container.number, ())):
             self._forget(listener)
 
     def _forget(self, listener: Listener) -> None:
-        """The container has ended: whoever waited has gone with it."""
+        """Who could call has ended, and whoever waited with it."""
         self._epoll.unregister(listener.fd)
-        del self._listeners[listener.fd], self._of[listener.container.number]
+        del self._listeners[listener.fd]
+        others = self._of[listener.container.number]
+        others.remove(listener)
+        if not others:
+            del self._of[listener.container.number]
         os.close(listener.fd)
         listener.fd = -1
         self._drop(listener.calls.sweep())
@@ -412,6 +450,7 @@ class Syslog:
         for calls in self._left.values():
             self._drop(calls)
         self._left = {}
+        self._resuming = False
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._prompt.run)
             nursery.start_soon(self._patient.run)
@@ -450,7 +489,7 @@ class Syslog:
         return Call(ident, tid, _int(action), _int(length), address)
 
     def _receive(self, listener: Listener) -> None:
-        self._landed[0] = listener.container.number
+        self._landed[0] = listener.key
         if self._notifications.receive(listener.fd):
             try:
                 self._serve(listener, self._landed_call())
@@ -495,7 +534,7 @@ class Syslog:
         """Record a call and let it wait there; False: it was refused."""
         if len(waiting) >= WAITING_MAX:
             self._drop(waiting.sweep())
-        if len(waiting) >= WAITING_MAX or not self._record(listener.container.number, call):
+        if len(waiting) >= WAITING_MAX or not self._record(listener.key, call):
             self._answer(listener, call, 0, errno.EAGAIN)
             return False
         self._drop(waiting.add(listener, call))

@@ -133,6 +133,9 @@ class World:
         """When it does not any more."""
         self.inherited: list[Callable[[Container], None]] = []
         """When it holds a namespace that another one held."""
+        self.listen: Callable[[Container, int, int], None] = lambda *_: None
+        """Answer the calls of syslog(2) of a process, and its children, that has entered a
+        container in part; the listener is a descriptor of the caller's."""
         self.claim: Callable[[Container, Build, Caller], Container | None] = lambda *_: None
         """A container that was made in advance, without a name, for such a mkdir (`spare`)."""
         self.subscribe: Callable[[Container, tuple[int, ...]], Awaitable[None]]

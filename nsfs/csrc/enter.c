@@ -17,7 +17,8 @@
  * allowed to write to the directory C/procs, and to become the root of the container's user namespace: what it sends to
  * the init goes with SCM_CREDENTIALS of that root, from within the user namespace if need be.
  *
- * In part (--only) the init is not involved: a child of ours joins these namespaces with our own credentials.
+ * In part (--only) the init is not involved: a child of ours joins these namespaces with our own credentials.  With
+ * `syslog` it installs a filter of its own for syslog(2), whose listener the daemon gets, and we keep.
  *
  * Exit status: the command's; 128+n when signal n ended it; 125 nsfs failed, 126 not to be executed, 127 not found.
  *
@@ -53,6 +54,7 @@
 #include <unistd.h>
 
 #include "protocol.h"
+#include "syslogfilter.h"
 
 #define TREE "/sys/namespaces/"
 #define ENTER_ATTRIBUTE "user.nsfs.enter"
@@ -60,6 +62,7 @@
 #define CHUNK 4096	/* what a pipe that polls writable takes without blocking (pipe(7)) */
 #define LOOK_MS 200	/* how soon a session in the background sees that it no longer is */
 #define LAST_WORDS_MS 100	/* how long the terminal of a session that has ended may still say something */
+#define OFFER_FDS_MAX 10	/* eight namespaces, two logs */
 #define N(array) (sizeof(array) / sizeof((array)[0]))
 
 enum { FAILED = 125, NOT_EXECUTABLE = 126, NOT_FOUND = 127 };
@@ -102,6 +105,7 @@ static int said_fd = -1;	/* where the command's failure to start is told: struct
 static int wait_fd = -1;	/* whole: the connection on which the init tells the end */
 static pid_t child;		/* in part */
 static int child_fd = -1;	/* its pidfd */
+static int listener_fd = -1;	/* in the child: of its filter */
 static struct stream streams[3];
 static size_t stream_count;
 
@@ -227,7 +231,7 @@ static void pass_size(void)
 static ssize_t receive(int socket_fd, void *data, size_t size, int *fds, size_t count)
 {
 	union {
-		char buffer[CMSG_SPACE(sizeof(int) * 8)];
+		char buffer[CMSG_SPACE(sizeof(int) * OFFER_FDS_MAX)];
 		struct cmsghdr align;
 	} control;
 	struct iovec iov = { .iov_base = data, .iov_len = size };
@@ -536,6 +540,17 @@ static size_t keep_mounts(struct kept *kept, size_t most)
 	return count;
 }
 
+/* A mount namespace for this session alone. */
+static int own_mounts(void)
+{
+	static bool done;
+
+	if (!done && (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL)))
+		return errno;
+	done = true;
+	return 0;
+}
+
 /* /sys shows the network namespace of whoever mounted it: mount it afresh, for this session alone. */
 static int renew_sys(void)
 {
@@ -549,8 +564,8 @@ static int renew_sys(void)
 		return errno;
 	fd = (int)syscall(SYS_fsmount, fs_fd, 1 /* FSMOUNT_CLOEXEC */, 14 /* nosuid, nodev, noexec */);
 	close(fs_fd);
-	if (fd < 0 || unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL))
-		return errno;
+	if (fd < 0 || (error = own_mounts()))
+		return fd < 0 ? errno : error;
 	if (statfs("/sys", &st))
 		return errno;
 	if (st.f_type == SYSFS_MAGIC) {
@@ -568,11 +583,39 @@ static int renew_sys(void)
 	return error;
 }
 
+static size_t count_types(uint32_t types)
+{
+	size_t count = 0;
+
+	for (size_t i = 0; i < N(TYPES); i++)
+		count += (types & (uint32_t)TYPES[i].type) != 0;
+	return count;
+}
+
+/* The container's log in place of ours: the devices, unless its mounts were joined, and syslog(2).  For that it takes
+ * CAP_SYS_ADMIN in the user namespace that we are in. */
+static int take_log(const int *logs, bool joined_mounts)
+{
+	static const char *const paths[] = { "/dev/kmsg", "/proc/kmsg" };
+	const struct sock_filter filter[] = { SYSLOG_FILTER(SECCOMP_RET_USER_NOTIF) };
+	const struct sock_fprog program = { .len = N(filter), .filter = (struct sock_filter *)(uintptr_t)filter };
+	int error;
+
+	if (!joined_mounts && (error = own_mounts()))
+		return error;
+	for (size_t i = 0; i < N(paths) && !joined_mounts; i++)
+		if (syscall(SYS_move_mount, logs[i], "", AT_FDCWD, paths[i], 4 /* MOVE_MOUNT_F_EMPTY_PATH */) &&
+		    errno != ENOENT)
+			return errno;
+	listener_fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program);
+	return listener_fd < 0 ? errno : 0;
+}
+
 /* As the init does it, inside. */
 static int open_stdio(int to_fd)
 {
 	const struct init_reply opened = { .op = INIT_OPENED };
-	int outer[3], inner[3] = { -1, -1, -1 }, ends[2], unlocked = 0;
+	int outer[4], inner[3] = { -1, -1, -1 }, ends[2], unlocked = 0;
 	size_t count = 0;
 	struct init_terminal terminal;
 
@@ -605,6 +648,8 @@ static int open_stdio(int to_fd)
 		if (ioctl(slave, TIOCSCTTY, 0))
 			return errno;
 	}
+	if (listener_fd >= 0)
+		outer[count++] = listener_fd;
 	if (send_fds(to_fd, &opened, sizeof(opened), outer, count))
 		return EPIPE;
 	for (int i = 0; i < 3; i++)
@@ -655,8 +700,10 @@ static void run_in_part(int to_fd, int channel_fd, uint32_t types, const int *fd
 		refuse(to_fd, STEP_JOIN, error);
 	if (types & CLONE_NEWNET && !(types & CLONE_NEWNS) && (error = renew_sys()))
 		refuse(to_fd, STEP_MOUNT, error);
+	if (types & ENTRY_SYSLOG && (error = take_log(fds + count_types(types), types & CLONE_NEWNS)))
+		refuse(to_fd, STEP_FILTER, error);
 	/* The daemon sees for itself what we have joined, and counts us. */
-	if (send(channel_fd, "", 1, MSG_NOSIGNAL) != 1 ||
+	if (send_fds(channel_fd, "", 1, &listener_fd, listener_fd >= 0) ||
 	    receive(channel_fd, &go, sizeof(go), NULL, 0) < (ssize_t)sizeof(go))
 		refuse(to_fd, STEP_CGROUP, ENODEV);
 	if (go.error)
@@ -749,7 +796,7 @@ static void take_stdio(void)
 	const size_t wanted = on_terminal ? (isatty(STDERR_FILENO) ? 1 : 2) : 3;
 	struct init_reply reply;
 	struct stat st;
-	int fds[3];
+	int fds[4];
 	ssize_t length;
 
 	length = receive(said_fd, &reply, sizeof(reply), fds, N(fds));
@@ -760,6 +807,11 @@ static void take_stdio(void)
 		     reply.step == STEP_TERMINAL ? " (no terminal inside)" : "");
 	for (size_t i = 0; i < wanted; i++)
 		non_blocking(fds[i]);
+	/* Kept where the next daemon looks for it. */
+	if (fds[wanted] >= 0) {
+		(void)dup3(fds[wanted], ENTRY_LISTENER_FD, O_CLOEXEC);
+		close(fds[wanted]);
+	}
 	if (!on_terminal) {
 		add_stream(STDIN_FILENO, fds[0], true);
 		/* A pipe of one page polls writable when it is empty. */
@@ -1010,20 +1062,12 @@ static int make_channel(const char *path, const char *only)
 	return ends[0];
 }
 
-static size_t count_types(uint32_t types)
-{
-	size_t count = 0;
-
-	for (size_t i = 0; i < N(TYPES); i++)
-		count += (types & (uint32_t)TYPES[i].type) != 0;
-	return count;
-}
-
 static void begin(int channel_fd)
 {
 	static char told[256];
 	struct { struct entry_offer offer; char name[200]; } answer = { .offer = { .error = 0 } };
-	int fds[8];
+	size_t expected;
+	int fds[OFFER_FDS_MAX];
 	const ssize_t length = receive(channel_fd, &answer, sizeof(answer) - 1, fds, N(fds));
 
 	if (length < (ssize_t)sizeof(answer.offer))
@@ -1034,7 +1078,10 @@ static void begin(int channel_fd)
 	}
 	if (answer.offer.error)
 		fail(FAILED, "%s", strerror(-answer.offer.error));
-	if (fds[(answer.offer.types ? count_types(answer.offer.types) : 3) - 1] < 0)
+	expected = answer.offer.types ? count_types(answer.offer.types) : 3;
+	if (answer.offer.types & ENTRY_SYSLOG)
+		expected += 2;
+	if (fds[expected - 1] < 0)
 		fail(FAILED, "%s", strerror(EMFILE));
 	if (answer.offer.types) {
 		start_in_part(channel_fd, answer.offer.types, fds);

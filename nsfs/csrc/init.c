@@ -27,12 +27,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <asm/ioctls.h>
-#include <linux/audit.h>
 #include <linux/close_range.h>
-#include <linux/filter.h>
 #include <linux/prctl.h>
 #include <linux/sched.h>
-#include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -43,6 +40,7 @@
 #include <sys/wait.h>
 
 #include "protocol.h"
+#include "syslogfilter.h"
 
 /* --- in place of a C library --- */
 
@@ -718,31 +716,10 @@ static void serve(void)
 
 /* --- syslog(2): whoever is in the container inherits this filter --- */
 
-#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
-#define WHEN(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (value), (then), (otherwise))
-#define RETURN(value) BPF_STMT(BPF_RET | BPF_K, (value))
-
-/* What is done with syslog(2); of any other call the kernel finds out beforehand that it is allowed, and remembers. */
 static long filter_syslog(uint32_t action, unsigned int flags)
 {
-	const struct sock_filter filter[] = {
-#if defined(__x86_64__)
-		/* The same number on x86-64 and i386; x32 has it with one bit set.  Other architectures the denylist
-		 * knows, which is asked as well. */
-		LOAD(nr),
-		BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xbfffffff),
-		WHEN(103, 0, 1),
-#else
-		LOAD(arch),
-		WHEN(AUDIT_ARCH_ARM, 0, 2),
-		LOAD(nr),
-		WHEN(103, 2, 3),
-		LOAD(nr),
-		WHEN(116, 0, 1),
-#endif
-		RETURN(action),
-		RETURN(SECCOMP_RET_ALLOW),
-	};
+	/* Other architectures the denylist knows, which is asked as well. */
+	const struct sock_filter filter[] = { SYSLOG_FILTER(action) };
 	const struct sock_fprog program = { .len = sizeof(filter) / sizeof(filter[0]),
 		.filter = (struct sock_filter *)filter };
 

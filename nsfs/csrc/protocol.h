@@ -39,6 +39,7 @@ enum spawner_op {
 	/* pid, string: a path as pid sees it and owner_uid and owner_gid may open it; reply: fd, a terminal for writing */
 	OP_TERMINAL,
 	OP_SHOW,		/* pid, face: put the files of the mount in the place of those of another one */
+	OP_LOG,			/* face, string: `kmsg` or `pkmsg`; reply: fd, a detached mount of `.f/FACE.STRING` */
 };
 
 enum spawner_flag {
@@ -209,15 +210,19 @@ struct init_reply {
 
 /* What entering takes.  Whole (types 0) the descriptors are: the container's user namespace, and two connections to
  * its init, for INIT_EXEC and for INIT_WAIT.  In part: the namespaces, in the order of CLONE_NEW*'s bits; then
- * the process that has joined them says so (one byte), and is answered by a second offer.  The container's
- * name follows. */
+ * the process that has joined them says so (one byte), and is answered by a second offer.  With ENTRY_SYSLOG there
+ * are two more, detached mounts for /dev/kmsg and /proc/kmsg, and the byte comes with the listener of the process's
+ * filter for syslog(2); the session program keeps that as descriptor ENTRY_LISTENER_FD.  The container's name
+ * follows. */
 struct entry_offer {
 	int32_t error;		/* 0 or -errno */
-	uint32_t types;		/* CLONE_NEW* */
+	uint32_t types;		/* CLONE_NEW*, ENTRY_SYSLOG */
 	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root; ENTRY_NO_PROOF: need not be proven */
 };
 
 #define ENTRY_NO_PROOF 0xffffffffU
+#define ENTRY_SYSLOG 1U
+#define ENTRY_LISTENER_FD 255
 
 /* --- daemon to nsfs-uaccess; one request at a time --- */
 

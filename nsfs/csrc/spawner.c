@@ -1929,6 +1929,15 @@ static int open_output(void)
 	return (int)call(openat(root_fd, path, O_WRONLY | O_APPEND | O_CLOEXEC));
 }
 
+static int clone_log(void)
+{
+	char path[64];
+
+	step = STEP_FACE;
+	snprintf(path, sizeof(path), "fuse/.f/%u.%.8s", request.head.face, request.strings[0]);
+	return clone_tree(root_fd, path);
+}
+
 /* --- requests and replies --- */
 
 /*
@@ -2023,6 +2032,7 @@ static int parse(size_t length)
 	case OP_PIN:
 		return head->strings >= 1 && head->strings <= 2 ? 0 : -EINVAL;
 	case OP_SET_HOSTNAME:
+	case OP_LOG:
 	case OP_TREE:
 	case OP_TERMINAL:
 	case OP_UNBIND:
@@ -2066,6 +2076,9 @@ static void hear(struct job *job)
 			break;
 		case OP_OUTPUT:
 			fd = result = open_output();
+			break;
+		case OP_LOG:
+			fd = result = clone_log();
 			break;
 		case OP_FEATURES:
 			reply.value = features;

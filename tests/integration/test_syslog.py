@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import DEADLINE_S, Container, Instance, serving, wait_until, write
+from .conftest import DEADLINE_S, NSFS, Container, Instance, serving, wait_until, write
 
 # What a caller inside begins with: native(), x32() and i386() are syslog(2), each giving what it
 # returns or the name of the errno.
@@ -63,7 +64,7 @@ def in_syslog(web: Container) -> int:
     """How many threads inside are in syslog(2) and stay there."""
     count = 0
     for entry in os.listdir(web / "procs"):
-        for task in Path(f"/proc/{entry}/task").glob("*/syscall"):
+        for task in Path(f"/proc/{entry.partition(':')[0]}/task").glob("*/syscall"):
             try:
                 # 103, or i386's, which is the same.
                 count += task.read_text().startswith("103 ")
@@ -648,4 +649,85 @@ def test_memory_that_does_not_come_of_a_container_that_goes(
     parked(web, 100)
     subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
     release()
+    instance.settled()
+
+
+# --- sessions in part ---
+
+
+def only(web: Container, types: str, *command: str, **options: Any) -> subprocess.Popen[str]:
+    """A session of the host's root in some of the namespaces."""
+    words = [*NSFS, "enter", str(web.path), "--only", types, "--", *command]
+    return subprocess.Popen(
+        words, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **options
+    )
+
+
+def says(web: Container, types: str, code: str) -> list[str]:
+    """What Python prints in such a session."""
+    with only(web, types, "python3", "-c", PRELUDE + code, stderr=subprocess.STDOUT) as session:
+        out, _ = session.communicate(timeout=DEADLINE_S)
+    assert session.returncode == 0, out
+    return out.splitlines()
+
+
+@pytest.mark.parametrize("types", ["syslog", "net,syslog", "mnt,syslog", "mnt,syslog,user"])
+def test_a_session_with_the_containers_log(web: Container, types: str) -> None:
+    write(web / "kmsg", "inside")
+    out = says(
+        web,
+        types,
+        "got = native(3, buf, 4096); print(got, 'inside' in text(4096), i386(9))\n"
+        "print('from the session', file=open('/dev/kmsg', 'w'))\n"
+        "print(open('/dev/kmsg').readline().split(';')[1], native(5), native(8, 0, 3))\n"
+        "print(os.open('/proc/kmsg', os.O_RDONLY) > 0, native(10))\n",
+    )
+    assert out == [
+        f"{size('inside')} True {size('inside')}",
+        "inside",
+        " 0 0",
+        "True 261632",
+    ]
+    assert "from the session" not in web.read("kmsg")
+    # It goes on; it was cleared.
+    assert web.run("head -n 2 /dev/kmsg | grep -c session") == "1\n"
+
+
+def test_a_session_without_it_has_the_hosts(web: Container) -> None:
+    before = HostLog()
+    (out,) = says(web, "net", "print(native(10))")
+    assert int(out) == before.size
+
+
+def test_a_session_waits_and_survives_the_daemon(web: Container, instance: Instance) -> None:
+    code = PRELUDE + "print(native(2, buf, 4096), text(4096).strip('\\0'), end='', flush=True)\n"
+    with only(web, "net,syslog", "python3", "-c", code * 2) as session:
+        parked(web, 1)
+        assert [name.split(":")[1] for name in os.listdir(web / "procs")] == ["net,syslog"]
+        instance.kill_daemon()
+        write(web / "kmsg", "one")
+        assert session.stdout is not None
+        assert "one" in session.stdout.readline()
+        instance.kill_daemon()
+        parked(web, 1)
+        write(web / "kmsg", "two")
+        assert "two" in session.stdout.readline()
+        assert session.wait(DEADLINE_S) == 0
+    wait_until(lambda: not os.listdir(web / "procs"), "it has left")
+
+
+def test_what_runs_is_not_given_another_log(web: Container, tree: Path) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            with pytest.raises(PermissionError):
+                os.link(tree / f"procs/{process.pid}", web / f"procs/{process.pid}:syslog")
+        finally:
+            process.kill()
+
+
+def test_a_session_ends_with_the_container(web: Container, instance: Instance) -> None:
+    with only(web, "syslog", "python3", "-c", PRELUDE + "native(2, buf, 10)") as session:
+        parked(web, 1)
+        subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
+        assert session.wait(DEADLINE_S) == 128 + 9
     instance.settled()

@@ -18,7 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from nsfs.logring import HEADER_BYTES, Limit, LogRing, Record, format_text
+from nsfs.logring import (
+    HEADER_BYTES,
+    Limit,
+    LogRing,
+    Record,
+    format_syslog,
+    format_text,
+    syslog_length,
+)
 from nsfs.logstream import (
     SIZE,
     SYSLOG_ACTION_CLEAR,
@@ -853,3 +861,27 @@ def test_who_is_asked_for_the_capability() -> None:
     free = [a for a in range(-1, 13) if not needs_capability(a, restricted=False)]
     assert free == [SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_SIZE_BUFFER]
     assert all(needs_capability(a, restricted=True) for a in range(-1, 13))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60), st.integers(0, 600)), max_size=30))
+def test_sizes_are_those_of_each_record(steps: list[tuple[int, int, int]]) -> None:
+    log = make(1024)
+    for what, count, size in steps:
+        if what == 0:
+            log.ring.clear()
+        elif what == 1 and count <= log.ring.next_seq:
+            log.ring.set_syslog_position(count, 0)
+        else:
+            fill(log, *(b"x" * (n % 7) + b"\ny" * (n % 2) for n in range(count // what)))
+        ring = log.ring
+        records = [ring.read(seq) for seq in range(ring.first_seq, ring.next_seq)]
+        sizes = [syslog_length(each) for each in records if isinstance(each, Record)]
+        position = max(ring.syslog_position()[0], ring.first_seq) - ring.first_seq
+        assert syslog_action(ring, SYSLOG_ACTION_SIZE_UNREAD) == (sum(sizes[position:]), b"")
+        first = max(ring.clear_seq, ring.first_seq) - ring.first_seq
+        while sum(sizes[first:]) > size:
+            first += 1
+        assert syslog_action(ring, SYSLOG_ACTION_READ_ALL, size) == (
+            sum(sizes[first:]),
+            b"".join(format_syslog(each) for each in records[first:] if isinstance(each, Record)),
+        )
