@@ -58,8 +58,10 @@ from nsfs.world import World
 
 log = logging.getLogger(__name__)
 
-WAITING_MAX = 1024
-"""Calls that wait at one log, or for one container's memory; further ones fail with EAGAIN."""
+READERS_MAX = 256
+"""Calls that wait for records of one log; further ones fail with EAGAIN."""
+CALLS_MAX = 1024
+"""Calls of one container that wait for their turn to be answered; the same."""
 AT_ONCE = 32
 """Calls received, each of another container, before others' requests have their turn."""
 PROMPT_S = 0.25
@@ -530,11 +532,14 @@ class Syslog:
             Notifications.answer(listener.fd, call.ident, value, error)
         self._slots.drop(call.ident)
 
-    def _keep(self, waiting: _Waiting, listener: Listener, call: Call) -> bool:
+    def _keep(self, waiting: _Waiting, most: int, listener: Listener, call: Call) -> bool:
         """Record a call and let it wait there; False: it was refused."""
-        if len(waiting) >= WAITING_MAX:
+        recorded = self._record(listener.key, call)
+        if len(waiting) >= most:
             self._drop(waiting.sweep())
-        if len(waiting) >= WAITING_MAX or not self._record(listener.key, call):
+        # One whose turn comes soon may go without record: should we die before that, it waits until
+        # a signal comes.
+        if len(waiting) >= most or (not recorded and waiting is not listener.calls):
             self._answer(listener, call, 0, errno.EAGAIN)
             return False
         self._drop(waiting.add(listener, call))
@@ -542,7 +547,7 @@ class Syslog:
 
     def _queue(self, listener: Listener, call: Call) -> bool:
         """Have a call given what it asked for, in its turn; False: it was refused."""
-        if not self._keep(listener.calls, listener, call):
+        if not self._keep(listener.calls, CALLS_MAX, listener, call):
             return False
         self._join(listener)
         return True
@@ -571,7 +576,7 @@ class Syslog:
             waiting = self._waiting.get(owner)
             if waiting is None:
                 waiting = self._waiting[owner] = _Waiting()
-            if self._keep(waiting, listener, call):
+            if self._keep(waiting, READERS_MAX, listener, call):
                 owner.notify_once(self, lambda: self._ring(owner))
             return None
         value, data = answer
