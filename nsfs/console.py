@@ -7,7 +7,8 @@ parent's log, or to a terminal.
 In the parent's log each line begins with a tag, the container's name in brackets.  Where that log
 is echoed on in its turn, names are joined: `[web/db] text`.  Which text has a tag is known by the
 record's flag ECHO, never by the text, that members write.  Blanks in names are escaped, so a tag
-ends at the first blank.  An echo goes to a log further up only, so it never comes back.
+ends at the first blank.  An echo goes to a log further up, or to that of another one of a pod which
+the parent is in; since a container is idle when it enters a pod, no echo ever comes back.
 
 A terminal makes nobody wait: it is non-blocking, and what it does not take waits in the ring.  What
 is overwritten there meanwhile is dropped, counted and told, in the kernel's words.
@@ -20,6 +21,7 @@ import logging
 import os
 import stat
 import time
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -27,7 +29,9 @@ from nsfs import namespaces
 from nsfs.attribute import one_line
 from nsfs.container import NO_CONSOLE, ROOT, Console, Container, Phase
 from nsfs.logring import ECHO, LogRing, Overrun, Record, escape
-from nsfs.world import World
+
+if TYPE_CHECKING:
+    from nsfs.world import World
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +125,10 @@ class Echo:
         assert container.parent is not None
         above = container.parent.holder(namespaces.SYSLOG)
         steps = []
+        # A parent in a pod may have the log of one that it is not in.
+        common = set(above.lineage())
         for each in container.lineage():
-            if each is above:
+            if each in common:
                 break
             steps.append(one_line(each.name))
         path = os.fsencode("/".join(reversed(steps)))
@@ -270,6 +276,18 @@ def attach(container: Container) -> None:
         echo.flush()
     else:
         container.world.start(echo.open)
+
+
+def inherit(heir: Container, of: Container) -> None:
+    """A container has ended, and another one of its pod has its log now: with its bounds, and with
+    the console of its own from here on."""
+    heir.log_limits = of.log_limits
+    heir.save()
+    echo, heir.log.echo = heir.log.echo, None
+    if echo is not None:
+        echo.close()
+    heir.log.ring.set_console_seq(heir.log.ring.next_seq)
+    attach(heir)
 
 
 def resume(world: World) -> None:

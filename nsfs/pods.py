@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from nsfs import namespaces
+from nsfs import console, namespaces
 from nsfs.attribute import Caller, invalid
 from nsfs.authority import check_mode
 from nsfs.container import Build, Container, Face, Phase
@@ -63,6 +63,7 @@ def hand_over(container: Container) -> None:
         if kind == namespaces.SYSLOG:
             world.store.move_log(container.number, heir.number)
             heir.own_log, container.own_log = container.own_log, None
+            console.inherit(heir, container)
         if kind == "net":
             # The interfaces and their addresses stay.
             heir.ends, container.ends = [*heir.ends, *container.ends], []

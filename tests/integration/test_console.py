@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import pty
 import re
@@ -16,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from nsfs.logring import LogRing
 
 from .conftest import DEADLINE_S, Container, Instance, readable, wait_until, write
 
@@ -135,24 +132,22 @@ def test_tags_add_up_and_follow_the_name(web: Container, tree: Path) -> None:
 
 
 def test_the_containers_own_level(instance: Instance, web: Container) -> None:
-    """The smaller one counts; it is in the log, where syslog(2) sets it, and 7 at first."""
+    """The smaller one counts: that which syslog(2) sets inside, 7 at first, and the parent's."""
     db = nested(web, "db")
     db.write("console", "parent 8")
-    db.run("echo '<7>debug' > /dev/kmsg; echo '<6>info' > /dev/kmsg")
-    assert texts(web) == ["[db] info"]
-    (line,) = [x for x in db.read("namespaces").splitlines() if x.startswith("syslog ")]
-    path = instance.run_dir / "c" / f"{line.split()[1]}.log"
-    for level, shown in ((4, ["[db] three"]), (8, ["[db] seven", "[db] three"])):
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            ring = LogRing(memory)
-            ring.set_console_level(level)
-            ring.close()
-        # The next daemon reads it there.
-        instance.kill_daemon()
-        web.write("kmsg", "--")
-        db.run("echo '<7>seven' > /dev/kmsg; echo '<3>three' > /dev/kmsg")
-        found = texts(web)
-        assert found[len(found) - found[::-1].index("--") :] == shown
+    every = 'for i in 0 1 2 3 4 5 6 7; do echo "<$i>$i" > /dev/kmsg; done'
+    shown = 0
+    for action, level, below in ((0, 0, 7), (8, 4, 4), (6, 0, 1), (7, 0, 4), (8, 8, 8), (8, 1, 1)):
+        call = f"import ctypes; assert ctypes.CDLL(None).klogctl({action}, 0, {level}) == 0"
+        db.run(f'python3 -c "{call}"; {every}')
+        assert texts(web)[shown:] == [f"[db] {level}" for level in range(below)]
+        shown = len(texts(web))
+        if action == 6:
+            instance.kill_daemon()
+    db.run("python3 -c 'import ctypes; ctypes.CDLL(None).klogctl(8, 0, 8)'")
+    db.write("console", "parent 3")
+    db.run(every)
+    assert texts(web)[shown:] == [f"[db] {level}" for level in range(3)]
 
 
 def test_a_parent_without_a_log_of_its_own(web: Container) -> None:
@@ -166,6 +161,36 @@ def test_a_parent_without_a_log_of_its_own(web: Container) -> None:
     own.run("echo text > /dev/kmsg")
     assert texts(own) == ["text"]
     assert texts(web) == texts(shared) == ["[shared/own] text"]
+
+
+def test_in_a_pod(web: Container, tree: Path) -> None:
+    """The parent has the log of one that it is not in; and a log that another one inherits."""
+    pod, left, right = web, nested(web, "left"), nested(web, "right")
+    right.write("namespaces", "syslog ../left")
+    deep = nested(right, "deep")
+    deep.write("console", "parent 8")
+    deep.run("echo text > /dev/kmsg")
+    assert texts(left) == texts(right) == ["[right/deep] text"]
+    left.write("nsfs.log", "bytes 65536")
+    left.write("console", "parent 8")
+    deep.run("echo more > /dev/kmsg")
+    # The tag is what it is where that log is: deep is nobody in left.
+    assert texts(pod) == ["[left/right/deep] more"]
+    subprocess.run(["rm", "-rf", str(left.path)], check=True)
+    wait_until(lambda: " own" in syslog(right), "it is the heir's")
+    deep.run("echo last > /dev/kmsg")
+    assert texts(right) == [f"[right/deep] {x}" for x in ("text", "more")] + ["[deep] last"]
+    assert right.read("nsfs.log").startswith("bytes 65536\n")
+    assert texts(pod) == ["[left/right/deep] more"]
+    right.write("console", "parent 8")
+    deep.run("echo again > /dev/kmsg")
+    assert texts(pod)[1:] == ["[right/deep] again"]
+
+
+def syslog(container: Container) -> str:
+    """The line of the log in `namespaces`."""
+    (line,) = [x for x in container.read("namespaces").splitlines() if x.startswith("syslog ")]
+    return line
 
 
 def test_a_log_that_is_given_up_and_taken_again(instance: Instance, web: Container) -> None:
