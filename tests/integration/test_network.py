@@ -424,6 +424,28 @@ def test_from_inside_a_network_that_is_shared_is_not_changed(tree: Path, web: Co
     assert own_lines(web / "net/eth0/inet") == ["10.0.0.1/24"]
 
 
+def test_a_pod_keeps_its_network_when_the_first_goes(instance: Instance, tree: Path) -> None:
+    write(tree / "defaults/network", "veth")
+    web = made(tree / "web")
+    address = address_of(web)
+    write(tree / "defaults/network", "none")
+    db = made(tree / "db")
+    db.write("namespaces", "net ../web")
+    assert interfaces(db) == {"lo", "eth0"}
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
+    assert address_of(db) == address
+    # Neither the name of the other end nor the address is free.
+    write(tree / "defaults/network", "veth")
+    again = made(tree / "web")
+    assert address_of(again) != address
+    assert interfaces(tree) == {"lo", "web", "web~1"}
+    # (A port below 1024 would take privilege over the user namespace that is gone.)
+    db.run("hostname > /srv/who; busybox httpd -p 8080 -h /srv")
+    assert fetch(instance.daemon(), f"{address}:8080") == "db\n"
+    (db / "net/eth0").rename(db / "net/wan")
+    assert own_lines(db / "net/wan/inet") == [f"{address}/31"]
+
+
 def test_renames_that_race(tree: Path, web: Container) -> None:
     db = made(tree / "db")
     (web / "net/eth0").mkdir()
