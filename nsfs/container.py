@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import os
 import stat
 from collections.abc import Iterator
@@ -113,11 +114,7 @@ class Build:
     @property
     def types(self) -> frozenset[str]:
         """The kernel's namespace types that it gets of its own."""
-        own = set(self.unshare)
-        if self.network == "host":
-            own.discard("net")
-        own.difference_update(kind for kind, _ in self.shared)
-        return frozenset(own & namespaces.ALL)
+        return _types(self.unshare, self.network, self.shared)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Build:
@@ -152,6 +149,19 @@ def clocks_from_record(record: Any) -> tuple[tuple[int, int], tuple[int, int]] |
 
 BUILD = Build()
 """What is so where nobody says otherwise."""
+
+
+@functools.lru_cache(256)
+def _types(
+    unshare: tuple[str, ...], network: str, shared: tuple[tuple[str, int], ...]
+) -> frozenset[str]:
+    own = set(unshare)
+    if network == "host":
+        own.discard("net")
+    own.difference_update(kind for kind, _ in shared)
+    return frozenset(own & namespaces.ALL)
+
+
 BUILD_FIELDS: tuple[str, ...] = tuple(Build.__dataclass_fields__)
 ORIGINS = ("rootfs_origin", "binds_origin")
 

@@ -33,6 +33,7 @@ from nsfs.attribute import (
     VALUE_MAX,
     Attribute,
     Caller,
+    Contents,
     Directory,
     Entry,
     Link,
@@ -125,6 +126,9 @@ class Value(OpenFile):
         self.tree = tree
         self.view = tree.tables.view(node)
         self.entry: Attribute = node.entry  # type: ignore[assignment]
+        self.contents: Contents | None = None
+        if self.view is not None and node.path:
+            self.contents = self.face.world.views.opened(self.face, self.view)
         self.caller = caller
         self.snapshot = b""
         self.generation = 0
@@ -134,7 +138,7 @@ class Value(OpenFile):
         self.end = 0
         self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
         self.version = self.watchers.version if self.watchers else 0
-        if self.entry.store is not None:
+        if self.entry.store is not None and flags & os.O_ACCMODE != os.O_RDONLY:
             # Authority is the opener's, also with the next daemon.
             self.generation = self.face.container.generation()
             self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid, self.generation)
@@ -153,17 +157,27 @@ class Value(OpenFile):
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
 
     async def _look_again(self) -> None:
-        """See whether what a view showed here is still there: ENODEV when it is not."""
-        if self.view is not None and not lives(tag(self.face, self.view)):
-            raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
-        if self.node.path:
-            # The view may have been closed since, having been idle, and be open again.
-            try:
-                found = (await self.tree.node(self.node.ino)).entry
-            except FileNotFoundError as error:
-                raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
-            if isinstance(found, Attribute):
-                self.entry = found
+        """See whether what a view showed here is still there: ENODEV when it is not.
+
+        Of what is in a view that is open all the time, show and store will say so.
+        """
+        if self.view is None:
+            return
+        if not self.node.path:
+            if not lives(tag(self.face, self.view)):
+                raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
+            return
+        try:
+            contents = await self.face.world.views.of(self.face, self.view)
+            if contents is self.contents:
+                return
+            # It was closed, having been idle, and is open again.
+            found = (await self.tree.node(self.node.ino)).entry
+        except FileNotFoundError as error:
+            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
+        if isinstance(found, Attribute):
+            self.entry = found
+            self.contents = contents
 
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """A part of the snapshot that the read at offset 0 took."""
@@ -296,17 +310,21 @@ class Operations(pyfuse3.Operations):
         number = inode & NUMBER_MASK
         if number < SHOWN:
             return self.tables.node(face, number)
-        path = self.paths.path(face.number, number) or await self._search(face, number)
-        return await self._shown(face, path)
+        return await self._shown(face, await self._path(face, number), number)
 
-    async def _shown(self, face: Face, path: tuple[str, ...]) -> Node:
-        """What a view shows at a path; FileNotFoundError when that is nothing."""
+    async def _path(self, face: Face, number: int) -> tuple[str, ...]:
+        """The path of what a view shows."""
+        return self.paths.path(face.number, number) or await self._search(face, number)
+
+    async def _shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Node:
+        """What a view shows at a path, which has that number if one is given; FileNotFoundError
+        when that is nothing."""
         top = self.tables.child(self.tables.of(face, self.tables.root), path[0])
         if top is None or not isinstance(top.entry, TagType):
             raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
         contents = await self.world.views.of(face, top.entry)
         entry = await entry_of(contents, path[1:])
-        number = self.paths.number(face.number, path)
+        number = number or self.paths.number(face.number, path)
         return Node(face, entry, 0, ino(face.number, number), path)
 
     async def _search(self, face: Face, number: int) -> tuple[str, ...]:
@@ -452,9 +470,14 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> EntryAttributes:
         """FUSE_LOOKUP."""
-        parent = await self.node(parent_inode)
-        found = await self.find(parent, os.fsdecode(name), _caller(ctx))
-        return self.attributes(found)
+        number = parent_inode & NUMBER_MASK
+        if number < SHOWN:
+            parent = await self.node(parent_inode)
+            return self.attributes(await self.find(parent, os.fsdecode(name), _caller(ctx)))
+        # What is in it is not there either when it is not.
+        face = self.world.face_numbered(parent_inode >> 33)
+        path = await self._path(face, number)
+        return self.attributes(await self._shown(face, (*path, os.fsdecode(name))))
 
     async def forget(self, inode_list: Any) -> None:
         """FUSE_FORGET: nodes are not kept, so there is nothing to forget."""
@@ -934,7 +957,8 @@ class Operations(pyfuse3.Operations):
         ):
             raise OSError(errno.EINVAL, "not for that", entry.name)
         view = self.tables.view(node)
-        if view is not None and not lives(tag(node.face, view)):
+        # What has a path was found there a moment ago.
+        if view is not None and not node.path and not lives(tag(node.face, view)):
             raise FileNotFoundError(errno.ENOENT, "the namespace is dead", entry.name)
         if own:
             # The next daemon has to know whose.

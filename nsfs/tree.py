@@ -31,6 +31,8 @@ SHOWN = 1 << 25
 """Where the numbers of what views show begin."""
 SELF = 0
 """The key of what is another for each who looks: the viewer's own entry."""
+RECENT = 1024
+"""How many numbers of paths are kept at hand."""
 ROOT_NUMBER = 1
 """Of a face's own directory.  The root face is 0, so the root's inode is FUSE_ROOT_ID, 1."""
 
@@ -108,6 +110,8 @@ class Paths:
         self._secret = secret
         self._remembered = remembered
         self._known: OrderedDict[tuple[int, int], tuple[str, ...]] = OrderedDict()
+        self._numbers: dict[tuple[int, tuple[str, ...]], int] = {}
+        """Of the last ones that were asked for: a hash takes longer."""
 
     def numbers(self, path: tuple[str, ...]) -> list[int]:
         """The numbers that a path may have, the likeliest first."""
@@ -122,12 +126,18 @@ class Paths:
 
     def number(self, face_number: int, path: tuple[str, ...]) -> int:
         """The number of a path, remembered."""
+        found = self._numbers.get((face_number, path))
+        if found is not None and (face_number, found) in self._known:
+            return found
         for number in self.numbers(path):
             key = (face_number, number)
             if self._known.setdefault(key, path) == path:
                 self._known.move_to_end(key)
                 if len(self._known) > self._remembered:
                     self._known.popitem(last=False)
+                if len(self._numbers) >= RECENT:
+                    self._numbers.clear()
+                self._numbers[face_number, path] = number
                 return number
         raise OSError(errno.EOVERFLOW, "no inode number is free for it", path[-1])
 

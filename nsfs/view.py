@@ -82,6 +82,14 @@ class Views:
         self._open[key] = found
         return contents
 
+    def opened(self, face: Face, view: TagType) -> Contents | None:
+        """What a view shows on a face, if it is open."""
+        found = self._open.get((view, tag(face, view)))
+        if found is None:
+            return None
+        found.used = time.monotonic()
+        return found.contents
+
     def close_idle(self) -> None:
         """Close what nobody has looked at for IDLE_S."""
         before = time.monotonic() - IDLE_S

@@ -40,6 +40,8 @@ ROUTES = "routes"
 NOT_SHOWN = (ROUTES, SYSCTL)
 """Interfaces of these names are not shown."""
 INET = "inet"
+MADE_MAX = 256
+"""How many attributes of a view are remembered."""
 VALUE_SIZE = 4096
 """sysfs's own bound: a page."""
 QUICK = frozenset(
@@ -61,6 +63,8 @@ class Interfaces(Contents):
         self._fd = sysfs_fd
         self._known: dict[str, tuple[str, int]] = {}
         """Interfaces' longer names to the kernel's, and their indices."""
+        self._made: dict[tuple[str, int], Attribute] = {}
+        self._directories: dict[str, Directory] = {}
         self._sysctls = Sysctls(container, ("net",), (("net",),))
 
     def close(self) -> None:
@@ -118,6 +122,9 @@ class Interfaces(Contents):
         if path == (SYSCTL,):
             return Directory(SYSCTL)
         if path[0] == SYSCTL:
+            # Others have at most the directories that the host has; to ask there takes no thread.
+            if len(path) == 2 and not os.path.lexists(f"/proc/sys/net/{path[1]}"):
+                raise FileNotFoundError(errno.ENOENT, "no such sysctl", path[1])
             return self._sysctls.entry(("net", *path[1:]))
         if len(path[0]) > NAME_MAX or len(os.fsencode(path[0])) > NAME_MAX:
             return self._long(path)
@@ -153,13 +160,13 @@ class Interfaces(Contents):
             # The kernel has a link there, to wherever the device is.
             if not stat.S_ISDIR(os.stat(where, dir_fd=self._fd).st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no such interface", path[0])
-            return Directory(path[0])
+            return self._directory(path[0])
         if path[1:] == (INET,):
             os.stat(self._path((kernels,)), dir_fd=self._fd)
             return self._inet(kernels)
         found = os.stat(where, dir_fd=self._fd, follow_symlinks=False).st_mode
         if stat.S_ISDIR(found):
-            return Directory(path[-1])
+            return self._directory(path[-1])
         if stat.S_ISLNK(found):
             target = self._beside((kernels, *path[1:-1]), path[-1])
             if target is None:
@@ -167,7 +174,20 @@ class Interfaces(Contents):
             return Link(path[-1], target=lambda face: target)
         return self._attribute(path, where, stat.S_IMODE(found))
 
+    def _directory(self, name: str) -> Directory:
+        if len(self._directories) > MADE_MAX:
+            self._directories.clear()
+        return self._directories.get(name) or self._directories.setdefault(name, Directory(name))
+
     def _attribute(self, path: tuple[str, ...], where: str, mode: int) -> Attribute:
+        found = self._made.get((where, mode))
+        if found is None:
+            if len(self._made) > MADE_MAX:
+                self._made.clear()
+            found = self._made[where, mode] = self._make(path, where, mode)
+        return found
+
+    def _make(self, path: tuple[str, ...], where: str, mode: int) -> Attribute:
         quick = path[1] == "statistics" or (len(path) == 2 and path[1] in QUICK)
 
         async def show(face: Face) -> bytes:

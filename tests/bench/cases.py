@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import logs
+import views
 from fuse_requests import counting
 from instance import Instance, wait_gone
 from measure import Contender, Report, read, run
@@ -444,11 +445,17 @@ def requests(bench: Bench) -> None:
     instance.settle(0)
 
 
+def tagged_views(bench: Bench) -> None:
+    """An attribute through a view, the first look at one, many, and what open ones weigh."""
+    views.measure(bench.nsfs, bench.report, bench.runs, bench.sizes[-1])
+
+
 CASES: dict[str, Callable[[Bench], None]] = {
     "make": make,
     "kill": kill,
     "many": many,
     "requests": requests,
+    "views": tagged_views,
     "log": logs.log,
     "attribution": logs.attribution,
     "marks": logs.marks,
