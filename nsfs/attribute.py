@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FILE_SIZE = 4096
-"""st_size of every file: 0 would read as empty with sendfile(2) and busybox."""
+"""st_size of a file that has no other: 0 would read as empty with sendfile(2) and busybox."""
 VALUE_MAX = 4096
 """The longest value that a control file takes, in bytes."""
 
@@ -59,6 +59,8 @@ class Caller:
     tid: int
     uid: int
     gid: int
+    writer: int = 0
+    """Of what is written: the thread that does, which need not be the one that opened the file."""
 
 
 class OpenFile:
@@ -67,6 +69,9 @@ class OpenFile:
     `token` names the open file for ever: the next daemon, asked about an open file it has never
     seen, makes it again with `reopened` true.
     """
+
+    writer = 0
+    """The thread whose write(2) is being dispatched, as the host numbers it."""
 
     def __init__(self, face: Any, token: int, flags: int, reopened: bool) -> None:
         self.face = face
@@ -83,9 +88,14 @@ class OpenFile:
     def seek(self, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE, the only ones that a filesystem is asked about: a
         file without holes.  Returns the new offset; ENXIO beyond the end."""
-        if offset >= FILE_SIZE:
+        size = self.size()
+        if offset >= size:
             raise OSError(errno.ENXIO, "beyond the end")
-        return offset if whence == os.SEEK_DATA else FILE_SIZE
+        return offset if whence == os.SEEK_DATA else size
+
+    def size(self) -> int:
+        """The file's st_size."""
+        return FILE_SIZE
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """Take `data`; returns how many bytes were taken."""
@@ -160,6 +170,8 @@ class Attribute(Entry):
     """nsfs binds it elsewhere or opens it itself: it finds it as `.f/FACE.BOUND`."""
     mtime: Callable[[Any], int] | None = None
     """The time of the last change in ns, for files that tail(1) follows."""
+    size: Callable[[Any], int] | None = None
+    """st_size in bytes; FILE_SIZE without it.  It grows for files that tail(1) follows."""
 
     def __post_init__(self) -> None:
         if not self.mode:

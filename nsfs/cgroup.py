@@ -55,6 +55,9 @@ class Hierarchies:
     v1: dict[str, str]
     controllers: frozenset[str]
     """The controllers of the v2 hierarchy; empty on a hybrid host."""
+    delegates: bool = False
+    """Mounted with `nsdelegate`: a container cannot share its parent's cgroup namespace, where that
+    is a container as well."""
 
     @classmethod
     def detect(cls) -> Hierarchies:
@@ -62,7 +65,7 @@ class Hierarchies:
 
         Raises FileNotFoundError when there is no cgroup2 mount.
         """
-        v2, v1 = "", {}
+        v2, v1, delegates = "", {}, False
         with open("/proc/self/mountinfo", encoding="utf-8") as file:
             for line in file:
                 before, _, after = line.partition(" - ")
@@ -70,6 +73,7 @@ class Hierarchies:
                 # A bind of some subdirectory (field 3 is not "/") is not the hierarchy.
                 if kind[0] == "cgroup2" and fields[3] == "/":
                     v2 = _unescape(fields[4])
+                    delegates = "nsdelegate" in kind[2].split(",")
                 elif kind[0] == "cgroup" and fields[3] == "/":
                     for name in kind[2].split(","):
                         if name in V1_CONTROLLERS:
@@ -80,7 +84,7 @@ class Hierarchies:
                 "no cgroup2 hierarchy is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup",
             )
         known = set(read(f"{v2}/cgroup.controllers").split())
-        return cls(v2, v1, frozenset(known.intersection(CONTROLLERS)))
+        return cls(v2, v1, frozenset(known.intersection(CONTROLLERS)), delegates)
 
     def has(self, name: str) -> bool:
         """Whether a controller of this host has what cgroup v2 calls `name`."""

@@ -163,7 +163,7 @@ def last_words(run_dir: str) -> str:
         with open(f"{run_dir}/log", encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
     except OSError:
-        return "no log was written"
+        return "the reason stands above (is there FUSE in this kernel?)"
     errors = [line for line in lines if " ERROR " in line]
     return (errors or lines or ["the log is empty"])[-1]
 

@@ -459,6 +459,12 @@ class Container:
         if self.children or self.populated() or not self.settled.is_set():
             raise OSError(errno.EBUSY, "the container is not idle", self.name)
 
+    def log_size(self) -> int:
+        """Bytes of its kernel log as text; without mapping a log that has nothing."""
+        owner = self.holder(namespaces.SYSLOG)
+        path = self.world.store.log_path(owner.number, "log")
+        return self.log.text_size() if owner.own_log or os.path.exists(path) else 0
+
     @property
     def log(self) -> Log:
         """Its kernel log; an ancestor's where it shares that."""

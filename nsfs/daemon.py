@@ -157,7 +157,10 @@ class Control:
                 "v2": sorted(hierarchies.controllers),
                 "v1": sorted(hierarchies.v1),
             },
-            "features": {name: name in self.features for name in FEATURES.values()},
+            "features": {
+                **{name: name in self.features for name in FEATURES.values()},
+                "shared_cgroup": not hierarchies.delegates,
+            },
             "kernel_lines": self.router.status(),
         }
 

@@ -19,6 +19,7 @@ import stat
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -188,6 +189,8 @@ class Value(OpenFile):
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
         one after another."""
+        # Rights are the opener's, what a path leads to is the writer's.
+        caller = replace(self.caller, writer=self.writer)
         if self.entry.store is None:
             raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
         before = self.written if self.entry.lines and offset == self.end else b""
@@ -206,7 +209,7 @@ class Value(OpenFile):
             if self.view is not None:
                 await self._look_again()
                 check_write(self.face, self.view, self.caller)
-            result = self.entry.store(self.face, os.fsdecode(value), self.caller)
+            result = self.entry.store(self.face, os.fsdecode(value), caller)
             if result is not None:
                 await result
         if data.endswith(b"\n"):
@@ -455,6 +458,8 @@ class Operations(pyfuse3.Operations):
         attr.st_uid, attr.st_gid = uid, gid
         attr.st_rdev = 0
         attr.st_size = 0 if stat.S_ISDIR(mode) else FILE_SIZE
+        if isinstance(entry, Attribute) and entry.size is not None:
+            attr.st_size = entry.size(face)
         attr.st_blksize = 4096
         attr.st_blocks = 0
         attr.st_atime_ns = attr.st_ctime_ns = attr.st_mtime_ns = mtime_ns
@@ -1009,8 +1014,10 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """FUSE_WRITE."""
-        unique = self.request()
-        return await (await self._opened(fh)).write(off, buf, unique)
+        unique, writer = self.request(), self.device.caller()[0]
+        opened = await self._opened(fh)
+        opened.writer = writer
+        return await opened.write(off, buf, unique)
 
     @boundary
     async def release(self, fh: int) -> None:

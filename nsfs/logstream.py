@@ -42,7 +42,7 @@ SIZE = 4096
 """The st_size that these files must have."""
 
 State = tuple[int, int, int]
-Save = Callable[[int, int, int], None]
+Save = Callable[[int, int, int], object]
 
 READABLE = select.EPOLLIN | select.EPOLLRDNORM
 """Poll mask of a file with something to read."""
@@ -75,8 +75,12 @@ class Echo(Protocol):
 class Log:
     """A ring and those who wait for its next record."""
 
-    def __init__(self, ring: LogRing) -> None:
+    def __init__(
+        self, ring: LogRing, counted: State | None = None, keep: Save | None = None
+    ) -> None:
         self.ring = ring
+        self._counted, self._bytes, self._cleared = counted or (0, 0, 0)
+        self._keep = keep
         self._parked = trio.lowlevel.ParkingLot()
         self._pollers: dict[object, Callable[[], None]] = {}
         self.echo: Echo | None = None
@@ -124,6 +128,25 @@ class Log:
         """Add the line about suppressed records if it is due."""
         if self.ring.report_suppressed() is not None:
             self._wake()
+
+    def text_size(self) -> int:
+        """Bytes of the lines (format_text()) of all records since the log was cleared.
+
+        So it grows with each record, and is 0 again after a clear.  It is counted when it is asked
+        for; records that were overwritten before that do not count.  `counted` and `keep` of the
+        constructor carry it from daemon to daemon.
+        """
+        ring, before = self.ring, self._counted
+        if ring.clear_seq != self._cleared:
+            self._bytes, self._cleared = 0, ring.clear_seq
+        seq = max(self._counted, ring.first_seq, ring.clear_seq)
+        while isinstance(found := ring.read(seq), Record):
+            self._bytes += len(format_text(found))
+            seq += 1
+        self._counted = seq
+        if seq != before and self._keep:
+            self._keep(self._counted, self._bytes, self._cleared)
+        return self._bytes
 
     async def wait_past(self, seq: int) -> None:
         """Return when there is a record `seq` or a later one; may be cancelled."""
@@ -286,9 +309,10 @@ class TextReader:
 
     It holds a line for each record that was neither cleared nor overwritten when it was read.
     Offset 0 is the oldest of them whenever it is read; a read where the last one ended goes on,
-    also after that was the end of the file; other offsets count from there, over the lines that are
-    left, and SIZE is the end (SEEK_END) unless that has been passed.  When lines not yet read are
-    overwritten, the oldest one left follows.
+    also after that was the end of the file, and one before that goes back.  Other offsets count
+    from the end, which is at `Log.text_size`, the st_size: so a seek to the end, and reads backward
+    from there as of tail(1), find what they mean.  When lines not yet read are overwritten, the
+    oldest one left follows.
 
     `state` is (expected offset, record, bytes of its line before that offset); `save` is called
     with it after each read.
@@ -321,13 +345,12 @@ class TextReader:
             self._seq = self._partial = 0
         elif distance < 0:
             self._back(-distance)
-        elif distance > 0 and offset == SIZE:
-            self._seq, self._partial = self.log.ring.next_seq, 0
         elif distance > 0:
-            before = self._seq, self._partial
-            if len(self._lines(distance)) < distance:
-                self._seq, self._partial = before
+            beyond = self.log.text_size() - offset
+            if beyond < 0:
                 return False
+            self._seq, self._partial = self.log.ring.next_seq, 0
+            self._back(beyond)
         return True
 
     def _lines(self, size: int) -> bytes:

@@ -88,6 +88,7 @@ STEPS = (
     "the terminal",
     "the clocks",
     "the seccomp filter",
+    "the path leads somewhere else for whoever wrote it",
 )
 """Words for enum step."""
 
@@ -462,12 +463,15 @@ class Spawner:
         types = sum(CLONE_NEW[kind] for kind in kinds)
         await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path, value))
 
-    async def tree(self, pid: int, path: str, uid: int = 0, gid: int = 0) -> int:
+    async def tree(self, pid: int, path: str, uid: int = 0, gid: int = 0, seen_by: int = 0) -> int:
         """A detached clone of the tree at a path, as process `pid` sees it (0: the host).
 
-        open_tree(2) with OPEN_TREE_CLONE, not recursive; a new descriptor.
+        open_tree(2) with OPEN_TREE_CLONE, not recursive; a new descriptor.  EXDEV when thread
+        `seen_by` sees something else there, or the same mounted with other flags.
         """
-        return _fd(await self._call(_TREE, pid=pid, owner=(uid, gid), strings=(path,)))
+        return _fd(
+            await self._call(_TREE, pid=pid, target_pid=seen_by, owner=(uid, gid), strings=(path,))
+        )
 
     async def idmap(self, tree_fd: int, table: Sequence[tuple[int, int, int]]) -> None:
         """Idmap a detached tree: lines of (ID on disk, the host's ID, count).

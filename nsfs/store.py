@@ -11,6 +11,7 @@
     ready              the containers that are ready
     syslog             calls of syslog(2) that wait for an answer
     syslog.landing     the call that is being received (see `syslog`)
+    texts              sizes of kernel logs as text
     buried             directories that the kernel takes for removed, which are still there
     marks              what processes have unlinked, one a line
 

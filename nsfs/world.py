@@ -105,6 +105,8 @@ class World:
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""
         self.views = Views()
+        self.texts = Slots(os.path.join(store.directory, "texts"))
+        """What `Log.text_size` has counted, by the container's number + 1 (the root's is 0)."""
         self._buried = Slots(os.path.join(store.directory, "buried"))
         self._generations: dict[int, dict[int, int]] = {}
         for inode in self._buried.keys():  # noqa: SIM118
@@ -181,6 +183,7 @@ class World:
         if self.containers.pop(container.number, None) is None:
             return
         self.store.drop(container.number)
+        self.texts.drop(container.number + 1)
         if container.own_log is not None and container.own_log.echo is not None:
             container.own_log.echo.close()
         self.ready.drop(container.number)
@@ -338,7 +341,13 @@ class World:
         """Map a container's kernel log."""
         path = self.store.log_path(container.number, "log")
         size, rate, burst = loglimits.limits_of(container)
-        found = Log(LogRing(map_file(path, size), limit=loglimits.limit(rate, burst)))
+        # The root's number is 0, and no key is.
+        known = self.texts.get(container.number + 1)
+        found = Log(
+            LogRing(map_file(path, size), limit=loglimits.limit(rate, burst)),
+            known[:3] if known else None,
+            functools.partial(self.texts.put, container.number + 1),
+        )
         if container.parent is not None and found.ring.buffer_size != size:
             # The last daemon died between recording another size and doing so.
             loglimits.resize(container, found, size)
@@ -351,15 +360,35 @@ class World:
 
     # --- the spawner ---
 
+    def _viewpoint_pid(self, origin: Origin, path: str) -> int:
+        if origin.viewpoint == ROOT:
+            return 0
+        viewpoint = self.containers.get(origin.viewpoint)
+        if viewpoint is None or not viewpoint.alive():
+            raise FileNotFoundError(errno.ENOENT, "whose path it is is gone", path)
+        return viewpoint.init_pid
+
     async def tree(self, origin: Origin, path: str) -> int:
         """A detached clone of the tree at a path, as its origin sees it; a new descriptor."""
-        pid = 0
-        if origin.viewpoint != ROOT:
-            viewpoint = self.containers.get(origin.viewpoint)
-            if viewpoint is None or not viewpoint.alive():
-                raise FileNotFoundError(errno.ENOENT, "whose path it is is gone", path)
-            pid = viewpoint.init_pid
+        pid = self._viewpoint_pid(origin, path)
         return await self.spawner.tree(pid, path, origin.uid, origin.gid)
+
+    async def check_view(self, origin: Origin, paths: Sequence[str], tid: int) -> None:
+        """EXDEV unless paths lead the thread that wrote them to what they lead their origin to.
+
+        They are resolved in the viewpoint's mount namespace whenever they are used, which may be
+        when the writer and its mounts are gone.  So a writer with a mount namespace or root
+        directory of its own may name only what is the same there.
+        """
+        for path in paths:
+            pid = self._viewpoint_pid(origin, path)
+            try:
+                ours, its = (os.stat(f"/proc/{who or 'self'}/ns/mnt").st_ino for who in (pid, tid))
+                if ours == its and os.readlink(f"/proc/{tid}/root") == "/":
+                    return
+            except FileNotFoundError as error:
+                raise ProcessLookupError(errno.ESRCH, "the writer is gone", path) from error
+            os.close(await self.spawner.tree(pid, path, origin.uid, origin.gid, seen_by=tid))
 
     async def execute(
         self, container: Container, words: Sequence[str], environment: Sequence[str]

@@ -13,7 +13,7 @@ MUST_RUN = os.environ.get("NSFS_MUST_RUN") == "1"
 # In the environment of every process that the tests start, to tell them from another run's.
 RUN_VARIABLE = "NSFS_TEST_RUN"
 # What is on its way out when the last test ends: killed processes, lazily detached mounts.
-LEAVE_S = 5.0
+LEAVE_S = 25.0 if os.environ.get("NSFS_VM") == "1" else 5.0
 
 # --- a skipped test has failed, where NSFS_MUST_RUN says so ---
 

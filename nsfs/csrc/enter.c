@@ -489,17 +489,15 @@ static int join(uint32_t types, const int *fds)
 	return error;
 }
 
-/* Cover what is there with the same of another sysfs. */
-static int cover(int tree_fd, const char *from, const char *to)
+/* Mount a tree, and let go of it. */
+static int put(int tree_fd, const char *path)
 {
-	const int fd = (int)syscall(SYS_open_tree, tree_fd, from, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC |
-				    (*from ? 0 : AT_EMPTY_PATH));
-	int result;
+	int result = 0;
 
-	if (fd < 0)
-		return errno;
-	result = (int)syscall(SYS_move_mount, fd, "", AT_FDCWD, to, 4 /* MOVE_MOUNT_F_EMPTY_PATH */) ? errno : 0;
-	close(fd);
+	if (tree_fd < 0 || syscall(SYS_move_mount, tree_fd, "", AT_FDCWD, path, 4 /* MOVE_MOUNT_F_EMPTY_PATH */))
+		result = errno;
+	if (tree_fd >= 0)
+		close(tree_fd);
 	return result;
 }
 
@@ -554,6 +552,8 @@ static int own_mounts(void)
 /* /sys shows the network namespace of whoever mounted it: mount it afresh, for this session alone. */
 static int renew_sys(void)
 {
+	static const char *const depend[] = { "/sys/class", "/sys/devices" };
+	int clones[N(depend)] = { -1, -1 };
 	struct kept kept[64];
 	const int fs_fd = (int)syscall(SYS_fsopen, "sysfs", 1 /* FSOPEN_CLOEXEC */);
 	size_t count, i;
@@ -570,16 +570,20 @@ static int renew_sys(void)
 		return errno;
 	if (st.f_type == SYSFS_MAGIC) {
 		count = keep_mounts(kept, N(kept));
-		error = cover(fd, "", "/sys");
+		error = put(fd, "/sys");
 		for (i = 0; i < count && !error; i++)
-			(void)syscall(SYS_move_mount, kept[i].fd, "", AT_FDCWD, kept[i].path, 4);
+			(void)put(kept[i].fd, kept[i].path);
 		return error;
 	}
-	/* nsfs's own graft: a tmpfs that binds every entry.  Only these two depend on the network namespace. */
-	error = cover(fd, "class", "/sys/class");
-	if (!error)
-		error = cover(fd, "devices", "/sys/devices");
-	close(fd);
+	/* nsfs's own graft: a tmpfs that binds every entry.  Only these two depend on the network namespace.  (For a
+	 * while over the whole: what is not mounted cannot be cloned before Linux 6.15.) */
+	error = put(fd, "/sys");
+	for (i = 0; i < N(depend) && !error; i++)
+		clones[i] = (int)syscall(SYS_open_tree, AT_FDCWD, depend[i], OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+	if (error || umount2("/sys", MNT_DETACH))
+		return error ? error : errno;
+	for (i = 0; i < N(depend) && !error; i++)
+		error = put(clones[i], depend[i]);
 	return error;
 }
 

@@ -24,7 +24,7 @@ enum spawner_op {
 	OP_HOSTNAME,		/* pid; reply: text */
 	OP_SET_HOSTNAME,	/* pid, string: the name */
 	/* pid, string: a path as pid sees it and owner_uid and owner_gid may go; reply: fd, a detached clone of
-	 * the tree there */
+	 * the tree there.  EXDEV unless target_pid, if given, sees the same there */
 	OP_TREE,
 	OP_PIN,			/* pid, strings: namespace type; [path]; target_pid: whose mount namespace; reply: fd when no path */
 	OP_BIND,		/* pid, string: target; fds: a detached tree */
@@ -120,6 +120,7 @@ enum step {
 	STEP_TERMINAL,
 	STEP_CLOCKS,
 	STEP_FILTER,		/* seccomp */
+	STEP_VIEW,		/* a path leads somewhere else for whoever wrote it */
 };
 
 /* --- spawner to init, by argv and descriptors --- */

@@ -62,6 +62,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
@@ -1806,11 +1807,33 @@ static int show_faces(pid_t pid)
 	return result;
 }
 
+/* Whether whoever wrote a path, target_pid, sees there what was found: the same object, mounted alike. */
+static int check_view(int found_fd)
+{
+	const struct spawner_request *head = &request.head;
+	struct stat found, seen;
+	struct statvfs found_mount, seen_mount;
+	int fd, result;
+
+	if ((result = enter_mounts(head->target_pid)))
+		return result;
+	step = STEP_VIEW;
+	if ((result = look_as(head->owner_uid, head->owner_gid)))
+		return result;
+	fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
+	(void)setfsuid(0);
+	if (fd < 0 || fstat(found_fd, &found) || fstat(fd, &seen) || fstatvfs(found_fd, &found_mount) ||
+	    fstatvfs(fd, &seen_mount) || found.st_dev != seen.st_dev || found.st_ino != seen.st_ino ||
+	    found_mount.f_flag != seen_mount.f_flag)
+		return -EXDEV;
+	return 0;
+}
+
 /* Returns a descriptor to pass on, -errno, or 0. */
 static int act(void)
 {
 	const struct spawner_request *head = &request.head;
-	int fd, result;
+	int fd, tree_fd, result;
 
 	switch (head->op) {
 	case OP_TREE:
@@ -1824,7 +1847,12 @@ static int act(void)
 			return open_terminal(request.strings[0]);
 		fd = open_in_root(AT_FDCWD, request.strings[0], O_PATH);
 		(void)setfsuid(0);
-		return fd < 0 ? fd : clone_tree(fd, "");
+		if (fd < 0)
+			return fd;
+		/* Only what is in one's own mount namespace can be cloned. */
+		tree_fd = clone_tree(fd, "");
+		result = tree_fd >= 0 && head->target_pid ? check_view(fd) : 0;
+		return result ? result : tree_fd;
 	case OP_IDMAP:
 		return idmap_tree(request.fds[0]);
 	case OP_PIN: {

@@ -167,6 +167,15 @@ def _origin(name: str, face: Face, caller: Caller) -> dict[str, Origin]:
     return {f"{name}_origin": Origin(face.viewpoint.number, caller.uid, caller.gid)}
 
 
+async def _check_view(name: str, changes: dict[str, Any], face: Face, caller: Caller) -> None:
+    """EXDEV for a path that leads whoever writes it somewhere else; see `World.check_view`."""
+    value, origin = changes[name], changes.get(f"{name}_origin")
+    if origin is None or value == "host" or not caller.writer:
+        return
+    paths = [value] if name == "rootfs" else [source for _, source, *_ in value]
+    await face.world.check_view(origin, paths, caller.writer)
+
+
 def _own(name: str) -> Attribute:
     parse, form = PARTS[name]
 
@@ -176,6 +185,7 @@ def _own(name: str) -> Attribute:
     async def store(face: Face, value: str, caller: Caller) -> None:
         container = face.container
         changes = {name: parse(value), **_origin(name, face, caller)}
+        await _check_view(name, changes, face, caller)
         changed = dataclasses.replace(container.build, **changes)
         if changed.binds != container.build.binds:
             await lifecycle.rebind(container, changed)
@@ -193,7 +203,7 @@ def _default(name: str) -> Attribute:
     def show(face: Face) -> str:
         return form(face.container.default(name))
 
-    def store(face: Face, value: str, caller: Caller) -> None:
+    async def store(face: Face, value: str, caller: Caller) -> None:
         container = face.container
         container.check_alive()
         if not value.strip() and name not in ("binds", "unshare", "limits"):
@@ -203,7 +213,9 @@ def _default(name: str) -> Attribute:
             parsed = parse(value)
             if name == "limits":
                 _check_limits(face, parsed)
-            container.defaults.update({name: parsed, **_origin(name, face, caller)})
+            changes = {name: parsed, **_origin(name, face, caller)}
+            await _check_view(name, changes, face, caller)
+            container.defaults.update(changes)
         container.save()
 
     return Attribute(name, show=show, store=store, lines=name in OF_LINES)

@@ -15,6 +15,7 @@ import time
 
 from nsfs.attribute import NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
 from nsfs.authority import check_ids
+from nsfs.bytelog import ByteLog
 from nsfs.container import Face
 
 ENVIRONMENT = (
@@ -51,23 +52,35 @@ class OutputFile(OpenFile):
     there on.  Written, it appends: the commands have it as standard output and error.  (The same
     inode for both, so that a `grep -r` of the tree knows the file that it prints into.)
 
-    `base` is the position of the file's offset 0: it moves when bytes were overwritten before they
-    were read.
+    st_size is how many bytes were ever written, so it grows, and a seek to the end leads to where
+    the next byte will be.  A read at 0 gives the oldest byte that is kept, and the reads that
+    follow it what follows that.  So `base` is the position of offset 0: that of the oldest byte
+    after a read at 0, and 0 after a seek past what was read.  It moves, too, when bytes were
+    overwritten before they were read.
     """
 
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)
         known = face.world.opens.get(token) if reopened else None
-        self.base = known[0] if known else face.container.output.start
+        self.base, self.next = known[:2] if known else (0, 0)
+
+    def size(self) -> int:
+        """How many bytes were ever written."""
+        return output_size(self.face)
 
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """Bytes at that offset; b"" at the end."""
-        position: int
-        data: bytes
-        position, data = self.face.container.output.read(self.base + offset, size)
-        if position - offset != self.base or not offset:
+        log: ByteLog = self.face.container.output
+        if not offset:
+            self.base = log.start
+        elif offset > self.next:
+            self.base = 0
+        position, data = log.read(self.base + offset, size)
+        if position - offset != self.base:
             self.base = position - offset
-            self.face.world.opens.put(self.token, self.base)
+        self.next = offset + len(data)
+        # Modulo 2**64: more may have been overwritten than the offset is.
+        self.face.world.opens.put(self.token, self.base & (1 << 64) - 1, self.next)
         return data
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
@@ -78,6 +91,12 @@ class OutputFile(OpenFile):
     def release(self) -> None:
         """Forget the position."""
         self.face.world.opens.drop(self.token)
+
+
+def output_size(face: Face) -> int:
+    """How many bytes were ever printed."""
+    size: int = face.container.output.end
+    return size
 
 
 def output_mtime(face: Face) -> int:
@@ -95,5 +114,6 @@ FILES = (
         mode=0o440,
         flags=NOT_ON_ROOT,
         mtime=output_mtime,
+        size=output_size,
     ),
 )

@@ -79,6 +79,11 @@ class TextFile(_LogFile):
         super().__init__(face, token, flags, reopened)
         self.reader = TextReader(self.log, self.known, self.keep)
 
+    def size(self) -> int:
+        """Bytes of all lines since the log was cleared."""
+        size: int = self.log.text_size()
+        return size
+
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """Whole lines or parts of them; never waits."""
         data: bytes = self.reader.read(size, offset)
@@ -139,6 +144,12 @@ def kmsg_truncate(face: Face, caller: Caller) -> None:
     face.container.log_changed_ns = time.time_ns()
 
 
+def kmsg_size(face: Face) -> int:
+    """Bytes of all lines since it was cleared, also those that were overwritten."""
+    size: int = face.container.log_size()
+    return size
+
+
 def kmsg_mtime(face: Face) -> int:
     """When the last record came, in ns since the Epoch."""
     return face.container.log_changed_ns
@@ -153,6 +164,7 @@ FILES = (
         truncate=kmsg_truncate,
         mode=0o640,
         mtime=kmsg_mtime,
+        size=kmsg_size,
     ),
     Attribute("nsfs.dev", stream=DeviceFile, bound="kmsg", mode=0o644, flags=BOUND_ONLY),
     Attribute("nsfs.proc", stream=ProcFile, bound="pkmsg", mode=0o400, flags=BOUND_ONLY),

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until
+from .conftest import Container, Instance, wait_until, write
 
 TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 BUSYBOX = shutil.which("busybox")
+# By way of a shell: what setpriv(1) executes itself it still looks up with its capabilities.
+AS_NOBODY = [
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    *("sh", "-c", 'exec "$0" "$@"'),
+]
 
 
 def refused(number: int, function: Callable[..., object], *args: object) -> None:
@@ -99,11 +104,11 @@ def test_setuid_programs_left_in_a_tree_cannot_be_reached(web: Container, rootfs
     assert os.stat(rootfs / "work/su").st_mode & 0o4000
     assert os.stat(rootfs / "work/su").st_uid == 0
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", rootfs / "work/su", "id"],
+        [*AS_NOBODY, rootfs / "work/su", "id"],
         capture_output=True,
         check=False,
     )
-    assert done.returncode != 0
+    assert done.returncode == 126
 
 
 def test_a_tree_that_others_can_reach_is_refused(web: Container, hidden: Path) -> None:
@@ -249,7 +254,7 @@ def test_without_pid_it_stays_when_its_first_processes_end(web: Container) -> No
 def test_without_pid_members_are_the_parents_processes(web: Container) -> None:
     os.mkdir(web / "db")
     db = Container(web / "db")
-    db.write("unshare", "ipc mnt net user uts")
+    db.write("unshare", "cgroup ipc mnt net user uts")
     db.start("sleep", "27182")
     wait_until(lambda: db.state()["populated"] == "1", "it sleeps")
     assert "27182" in web.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
@@ -364,7 +369,7 @@ def test_limit_errors(web: Container) -> None:
 
 def test_defaults_are_inherited_and_taken_back(web: Container, rootfs: Path) -> None:
     web.write("defaults/rootfs", str(rootfs))
-    web.write("defaults/unshare", "mnt pid user uts")
+    web.write("defaults/unshare", "cgroup mnt pid user uts")
     os.makedirs(web / "db" / "deep")
     db, deep = Container(web / "db"), Container(web / "db" / "deep")
     for each in (db, deep):
@@ -384,13 +389,13 @@ def test_defaults_from_inside(web: Container) -> None:
         cd /sys/namespaces
         mkdir -p /tmp/data; echo data > /tmp/data/f
         echo '/mnt/data /tmp/data ro' > defaults/binds
-        echo 'mnt pid uts user' > defaults/unshare
+        echo 'cgroup mnt pid uts user' > defaults/unshare
         mkdir db
         cat db/binds db/unshare
         echo 'cat /mnt/data/f' > db/exec; sleep 0.3; cat db/output
         """
     )
-    assert out.splitlines() == ["/mnt/data /tmp/data ro", "mnt pid user uts", "data"]
+    assert out.splitlines() == ["/mnt/data /tmp/data ro", "cgroup mnt pid user uts", "data"]
 
 
 def test_made_and_removed_by_a_user_of_the_host(tree: Path, web: Container, hidden: Path) -> None:
@@ -410,7 +415,7 @@ def test_made_and_removed_by_a_user_of_the_host(tree: Path, web: Container, hidd
     assert as_user(f"mkdir {web / 'mine'}") == 0
     assert os.stat(web / "mine").st_uid == 1000
     # In it and with it everything, above it nothing.
-    assert as_user(f"echo 'mnt pid user uts' > {web / 'mine/unshare'}") == 0
+    assert as_user(f"echo 'cgroup mnt pid user uts' > {web / 'mine/unshare'}") == 0
     assert as_user(f"echo 'mnt pid user uts' > {web / 'unshare'}") != 0
     assert as_user(f"echo 1 > {web / 'freeze'}") != 0
     # A path that they could not name by themselves they cannot lend to a container.
@@ -444,7 +449,7 @@ def test_failed_makes_leave_nothing(tree: Path, instance: Instance) -> None:
     os.rmdir(web / "first")
     instance.ready_spares()
     wait_until(lambda: len(instance.groups()) == 1, "only one is left")
-    web.write("defaults/unshare", "mnt pid user uts")
+    web.write("defaults/unshare", "cgroup mnt pid user uts")
     before = trace()
     fds = len(os.listdir(f"/proc/{instance.daemon()}/fd"))
     for name, value in (
@@ -466,3 +471,136 @@ def test_failed_makes_leave_nothing(tree: Path, instance: Instance) -> None:
     assert len(os.listdir(f"/proc/{instance.daemon()}/fd")) <= fds + 2
     os.mkdir(web / "works")
     assert Container(web / "works").run("hostname") == "works\n"
+
+
+# --- who writes a path sees the same there, or it is refused ---
+
+
+def test_a_writer_with_mounts_of_its_own(web: Container, hidden: Path) -> None:
+    (hidden / "one").mkdir()
+    (hidden / "one" / "mark").write_text("one\n")
+    (hidden / "two").mkdir()
+
+    def write_apart(setup: str, name: str, value: str) -> str:
+        script = f"{setup}\necho '{value}' > {web / name}"
+        done = subprocess.run(
+            ["unshare", "-m", "--propagation", "private", "sh", "-ec", script],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        assert (done.returncode != 0) == bool(done.stderr)
+        return web.state()["reason"] if done.stderr else ""
+
+    bind = f"/mnt {hidden}/one ro"
+    for name in ("binds", "defaults/binds"):
+        # A mount namespace of one's own that has the same there is no matter.
+        assert write_apart("", name, bind) == ""
+        assert web.read(name) == f"{bind}\n"
+        write(web / name, "")
+        for setup in (
+            f"mount -t tmpfs none {hidden}/one",
+            f"mount --bind {hidden}/two {hidden}/one",
+            f"mount --bind {hidden}/one {hidden}/one; mount -o remount,bind,ro {hidden}/one",
+            f"mount -t tmpfs none {hidden}",
+        ):
+            assert "Invalid cross-device link" in write_apart(setup, name, bind), setup
+            assert web.read(name).strip() == ""
+        # Only there: nsfs does not see it.
+        setup = f"mount -t tmpfs none {hidden}/two; mkdir {hidden}/two/new"
+        message = write_apart(setup, name, f"/mnt {hidden}/two/new ro")
+        assert "cross-device" in message or "No such file" in message
+        assert web.read(name).strip() == ""
+    setup = f"mount --bind {hidden}/two {hidden}/one"
+    assert "cross-device" in write_apart(setup, "rootfs", f"{hidden}/one")
+    assert web.read("rootfs") == "host\n"
+
+
+def test_a_writer_with_a_root_of_its_own(web: Container, rootfs: Path, hidden: Path) -> None:
+    """What it calls /work is not what the host does; nor is its working directory looked at."""
+    (rootfs / "etc" / "only-here").mkdir()
+    os.mkdir("/var/tmp/nsfs-view")
+    try:
+        for path in ("/etc", "/etc/only-here", "/var/tmp/nsfs-view"):
+            script = f'exec 3> {web / "binds"}; exec chroot {rootfs} /bin/sh -c "cd /work; $0"'
+            done = subprocess.run(
+                ["sh", "-c", script, f"echo '/mnt {path} ro' >&3"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=30,
+            )
+            assert done.stderr, path
+            assert web.read("binds").strip() == ""
+            reason = web.state()["reason"]
+            assert "leads somewhere else" in reason or "No such file" in reason, reason
+    finally:
+        os.rmdir("/var/tmp/nsfs-view")
+
+
+def test_a_member_with_mounts_of_its_own(web: Container) -> None:
+    code, out = web.run_code(
+        """
+        mkdir -p /tmp/data /sys/namespaces/db
+        cd /sys/namespaces
+        echo '/mnt /tmp/data ro' > db/binds && echo written
+        unshare -m sh -c 'mount -t tmpfs none /tmp/data; echo "/srv /tmp/data ro" > db/binds'
+        cat db/binds
+        """
+    )
+    assert "written\n" in out, out
+    assert "error" in out
+    assert out.endswith("/mnt /tmp/data ro\n")
+    assert code == 0
+
+
+# --- a root filesystem made by debootstrap ---
+
+
+@pytest.fixture(scope="module")
+def debian() -> Iterator[Path]:
+    """Debian's smallest system, below a directory that others cannot search; made once."""
+    base = Path(tempfile.mkdtemp(prefix="nsfs-debian-", dir="/var/tmp"))
+    release = dict(
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if "=" in line
+    )["VERSION_CODENAME"]
+    uris = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
+         "Origin: Debian", f"Codename: {release}"],
+        check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    words = ["debootstrap", "--variant=minbase", release, base / "root", *uris[:1]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    yield base / "root"
+    shutil.rmtree(base)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_debian_made_by_debootstrap(web: Container, debian: Path) -> None:
+    web.write("rootfs", str(debian))
+    assert web.run("id -un; hostname; cat /etc/debian_version").splitlines()[:2] == ["root", "web"]
+    assert web.run("stat -c '%U %a' /usr/bin/passwd /etc/shadow").splitlines() == [
+        "root 4755",
+        "root 640",
+    ]
+    # It is a system that can be changed as one: what has set-user-ID bits works inside.
+    web.run("useradd -m user; echo user:secret | chpasswd")
+    assert web.run("su user -c 'id -un; id -u'") == "user\n1000\n"
+    out = web.run("dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev}\\n' | sort | uniq -c")
+    assert out.split()[1:] == ["ii"]
+    out = web.run("apt-get -qq check && apt-mark hold bash")
+    assert "bash set on hold" in out
+    # On disk it is root's and user's; to the host's users it is out of reach.
+    assert (debian / "home/user").stat().st_uid == 1000
+    assert (debian / "etc/shadow").stat().st_uid == 0
+    done = subprocess.run([*AS_NOBODY, debian / "usr/bin/su"], capture_output=True, check=False)
+    assert done.returncode == 126
+    assert b"denied" in done.stderr
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=60)
+    # The tree stays, and is as good for the next one.
+    assert (debian / "etc/debian_version").exists()

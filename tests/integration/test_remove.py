@@ -127,6 +127,7 @@ def test_while_somebody_makes_containers_inside(web: Container, instance: Instan
     instance.settled()
 
 
+@pytest.mark.long_in_vm
 def test_two_at_once(tree: Path, web: Container, instance: Instance) -> None:
     for round_number in range(5):
         top = tree / f"r{round_number}"
@@ -252,6 +253,7 @@ def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> 
     instance.settled()
 
 
+@pytest.mark.long_in_vm
 def test_nothing_is_left_of_two_hundred(tree: Path, instance: Instance) -> None:
     for number in range(200):
         os.mkdir(tree / f"n{number}")

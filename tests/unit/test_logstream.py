@@ -622,11 +622,34 @@ def test_text_ends_at_once_for_who_seeks_to_the_end() -> None:
     log = make()
     fill(log, b"one")
     reader = TextReader(log)
-    assert reader.read(BIG, SIZE) == b""
+    # lseek(2) to the end asks for the size; it is only told of when something is read.
+    end = log.text_size()
+    assert end == len(device(0, b"one"))
     fill(log, b"two")
-    data = reader.read(BIG, SIZE)
+    data = reader.read(BIG, end)
     assert data == device(1, b"two")
-    assert reader.read(BIG, SIZE + len(data)) == b""
+    assert reader.read(BIG, end + len(data)) == b""
+    assert TextReader(log).read(BIG, end + len(data) + 1) == b""
+    assert TextReader(log).read(3, end + 2) == data[2:5]
+
+
+def test_the_size_of_text_grows_until_it_is_cleared() -> None:
+    kept: list[tuple[int, int, int]] = []
+    log = make(512)
+    log = Log(log.ring, None, lambda *state: kept.append(state))
+    total = 0
+    for n in range(40):
+        fill(log, b"record %d" % n)
+        total += len(device(n, b"record %d" % n))
+        assert log.text_size() == total
+    # The next daemon goes on with it.
+    again = Log(log.ring, kept[-1])
+    assert again.text_size() == total
+    assert TextReader(again).read(BIG, total - 4) == device(39, b"record 39")[-4:]
+    log.ring.clear()
+    assert log.text_size() == again.text_size() == 0
+    fill(log, b"new")
+    assert log.text_size() == again.text_size() == len(device(40, b"new"))
 
 
 def test_text_without_what_was_cleared() -> None:
