@@ -348,7 +348,7 @@ def test_leftovers_fail_the_session(tmp_path: Path) -> None:
     body = f"""
 def test_it():
     with open({str(tmp_path / "pid")!r}, "w") as file:
-        file.write(str(os.spawnv(os.P_NOWAIT, {str(sleep)!r}, ["sleep", "50"])))
+        file.write(str(os.spawnv(os.P_NOWAIT, {str(sleep)!r}, ["sleep", "1000"])))
 """
     try:
         status, out = run_probe(tmp_path, body)

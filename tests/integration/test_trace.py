@@ -12,6 +12,7 @@ from nsfs.spawner import LIBEXEC
 VM = Path(__file__).parents[1] / "vm"
 
 
+@pytest.mark.slow
 def test_here(tmp_path: Path) -> None:
     program = tmp_path / "trace"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-static"]

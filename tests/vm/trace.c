@@ -28,9 +28,9 @@
 
 #include "../../nsfs/csrc/protocol.h"
 
+#define WAIT_MS 5000	/* how long the processes traced wait for whatever they wait for */
 #define TYPES (CLONE_NEWNET | CLONE_NEWUTS)
 
-static int wait_ms = 500;	/* how long the processes traced wait for whatever they wait for */
 static int tracer_fd, failures;
 static pid_t holder;
 
@@ -63,7 +63,7 @@ static void tick(int number)
 
 static int sleeps(void)
 {
-	const struct timespec wanted = { wait_ms / 1000, wait_ms % 1000 * 1000000L };
+	const struct timespec wanted = { WAIT_MS / 1000, WAIT_MS % 1000 * 1000000L };
 	struct timespec left;
 
 	return nanosleep(&wanted, &left);
@@ -74,16 +74,13 @@ static int sleeps_until(void)
 	struct timespec end;
 
 	clock_gettime(CLOCK_MONOTONIC, &end);
-	end.tv_sec += wait_ms / 1000;
-	end.tv_nsec += wait_ms % 1000 * 1000000L;
-	end.tv_sec += end.tv_nsec / 1000000000L;
-	end.tv_nsec %= 1000000000L;
+	end.tv_sec += WAIT_MS / 1000;
 	return clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL);
 }
 
 static int polls(void)
 {
-	return poll(NULL, 0, wait_ms);
+	return poll(NULL, 0, WAIT_MS);
 }
 
 static int later(int status)
@@ -116,7 +113,7 @@ static int waits(void)
 
 static int computes(void)
 {
-	const long end = now_ms() + wait_ms;
+	const long end = now_ms() + WAIT_MS;
 	volatile uint64_t a = 0, b = 1;
 	uint64_t x = 0, y = 1, count = 0, next;
 	volatile double sum = 0;
@@ -142,7 +139,7 @@ static int ticks_on(void)
 
 	signal(SIGALRM, tick);
 	setitimer(ITIMER_REAL, &every, NULL);
-	while (ticks < wait_ms / 100)
+	while (ticks < WAIT_MS / 100)
 		pause();
 	return 0;
 }
@@ -150,6 +147,8 @@ static int ticks_on(void)
 static const struct { const char *name; int (*run)(void); } TARGETS[] = {
 	{ "sleeping", sleeps }, { "sleeping until", sleeps_until }, { "polling", polls },
 	{ "reading", reads }, { "waiting", waits }, { "computing", computes }, { "ticking", ticks_on } };
+
+#define N_TARGETS (sizeof(TARGETS) / sizeof(TARGETS[0]))
 
 /* --- requests --- */
 
@@ -201,46 +200,60 @@ static bool is_same(pid_t one, pid_t other, const char *type)
 	return !stat(path, &second) && first.st_ino == second.st_ino;
 }
 
-static void test_move(const char *name, int (*run)(void))
+static pid_t start(int (*run)(void))
 {
-	struct trace_request request = { .op = TRACE_MOVE, .caller = getpid(), .init = holder, .types = TYPES };
-	struct trace_reply reply;
-	int status;
+	const long start = now_ms();
+	char host[65] = "";
+	sigset_t mask;
+	int result;
 	pid_t pid;
 
 	if (pipe(pipe_fds))
 		exit(1);
 	fflush(stdout);
 	pid = fork();
-	if (!pid) {
-		const long start = now_ms();
-		sigset_t mask;
-		char host[65] = "";
-		int result = run();
-		const long elapsed = now_ms() - start;
-
-		sigprocmask(SIG_SETMASK, NULL, &mask);
-		for (int i = 1; i < 32; i++)
-			if (sigismember(&mask, i))
-				result = -2;
-		if (gethostname(host, sizeof(host)) || strcmp(host, "web"))
-			result = -3;
-		if (elapsed < wait_ms - 10)
-			result = -4;
-		_exit(-result);
+	if (pid) {
+		close(pipe_fds[0]);
+		close(pipe_fds[1]);
+		return pid;
 	}
-	usleep((useconds_t)wait_ms * 300);
-	request.target = pid;
-	reply = ask(&request, "", NULL, 0);
-	errno = -reply.error;
-	check(!reply.error, name, "moved");
-	check(is_same(pid, holder, "net") && is_same(pid, holder, "uts") && !is_same(pid, getpid(), "net"), name,
-	      "it has the namespaces");
-	check(waitpid(pid, &status, 0) == pid && WIFEXITED(status), name, "it has ended");
-	printf("%s: exit status %d, stopped for %u us\n", name, WEXITSTATUS(status), reply.stopped_us);
-	check(!WEXITSTATUS(status), name, "it went on unharmed");
-	close(pipe_fds[0]);
-	close(pipe_fds[1]);
+	result = run();
+	sigprocmask(SIG_SETMASK, NULL, &mask);
+	for (int i = 1; i < 32; i++)
+		if (sigismember(&mask, i))
+			result = -2;
+	if (gethostname(host, sizeof(host)) || strcmp(host, "web"))
+		result = -3;
+	if (now_ms() - start < WAIT_MS - 10)
+		result = -4;
+	_exit(-result);
+}
+
+/* All at once: they wait, and so do we but once. */
+static void test_moves(void)
+{
+	struct trace_request request = { .op = TRACE_MOVE, .caller = getpid(), .init = holder, .types = TYPES };
+	struct trace_reply replies[N_TARGETS];
+	pid_t pids[N_TARGETS];
+	int status;
+
+	for (size_t i = 0; i < N_TARGETS; i++)
+		pids[i] = start(TARGETS[i].run);
+	usleep(300000);
+	for (size_t i = 0; i < N_TARGETS; i++) {
+		request.target = pids[i];
+		replies[i] = ask(&request, "", NULL, 0);
+		errno = -replies[i].error;
+		check(!replies[i].error, TARGETS[i].name, "moved");
+		check(is_same(pids[i], holder, "net") && is_same(pids[i], holder, "uts") &&
+		      !is_same(pids[i], getpid(), "net"), TARGETS[i].name, "it has the namespaces");
+	}
+	for (size_t i = 0; i < N_TARGETS; i++) {
+		check(waitpid(pids[i], &status, 0) == pids[i] && WIFEXITED(status), TARGETS[i].name, "it has ended");
+		printf("%s: exit status %d, stopped for %u us\n", TARGETS[i].name, WEXITSTATUS(status),
+		       replies[i].stopped_us);
+		check(!WEXITSTATUS(status), TARGETS[i].name, "it went on unharmed");
+	}
 }
 
 /* Not half done. */
@@ -332,8 +345,6 @@ int main(int argc, char **argv)
 	if (argc > 2 && !strcmp(argv[1], "--channel"))
 		return be_session(argc, argv);
 	if (alone) {
-		/* An emulated machine is slow. */
-		wait_ms = 2000;
 		mkdir("/proc", 0755);
 		mkdir("/dev", 0755);
 		if (mount("none", "/proc", "proc", 0, NULL) || mount("none", "/dev", "devtmpfs", 0, NULL))
@@ -349,8 +360,7 @@ int main(int argc, char **argv)
 			pause();
 	}
 	usleep(300000);
-	for (size_t i = 0; i < sizeof(TARGETS) / sizeof(TARGETS[0]); i++)
-		test_move(TARGETS[i].name, TARGETS[i].run);
+	test_moves();
 	test_refused();
 	test_session(alone ? "/init" : "/proc/self/exe");
 	kill(holder, SIGKILL);
