@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from nsfs import network
+from nsfs.rtnetlink import Link
 from tests.integration.conftest import (
     DEADLINE_S,
     NSFS,
@@ -388,6 +389,35 @@ def test_a_name_that_is_taken_there(tree: Path, web: Container) -> None:
     with fails(errno.EINVAL):
         (db / "net/eth0").rename(web / "net/a b")
     assert interfaces(db) == {"lo", "eth0", "eth7", LONG, f"{LONG} too"}
+
+
+class Unaware(network.Space):
+    """A namespace in which others take names just after they were looked at."""
+
+    def taken(self) -> dict[str, Link]:
+        return {}
+
+
+@pytest.mark.parametrize("old", ["x", LONG])
+@pytest.mark.parametrize("new", ["eth0", LONG])
+def test_a_move_that_fails_half_way_is_undone(
+    tree: Path, web: Container, old: str, new: str
+) -> None:
+    db = made(tree / "db")
+    (db / "net/eth0").mkdir()
+    (db / "net/eth1").mkdir()
+    (db / "net/eth1").rename(db / "net" / LONG)
+    (web / "net/x").mkdir()
+    if old != "x":
+        (web / "net/x").rename(web / "net" / old)
+    with network.opened(web.init) as here, network.opened(db.init) as there:
+        with fails(errno.EEXIST):
+            network.move(here, Unaware(there.rtnl, there.fd), old, new)
+        assert interfaces(web) == {"lo", old}
+        assert interfaces(db) == {"lo", "eth0", LONG}
+        with fails(errno.EEXIST):
+            network.rename(Unaware(here.rtnl, here.fd), old, "lo")
+        assert interfaces(web) == {"lo", old}
 
 
 def test_moving_takes_authority_over_both(tree: Path, web: Container) -> None:
