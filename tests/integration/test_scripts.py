@@ -361,11 +361,17 @@ def test_it():
 
 
 def test_ci_run_passes_the_exit_status_on(clone: Path) -> None:
-    for status in (0, 3):
+    """Of the tests here, then of those on another kernel; only that these take too long is no
+    failure."""
+    for here, there, expected in ((0, 0, 0), (3, 0, 3), (0, 1, 1), (0, 124, 0), (0, 125, 125)):
         (clone / "scripts/test").write_text(
-            f'#!/bin/sh\necho "$CI $NSFS_MUST_RUN $#"; cat; exit {status}\n'
+            '#!/bin/sh\necho "$CI $NSFS_MUST_RUN $1"; cat; '
+            f'[ "$1" = --vm ] && exit {there}; exit {here}\n'
         )
-        assert run("bash", clone / ".ci/run") == (status, "true 1 0\n", "")
+        status, out, err = run("bash", clone / ".ci/run")
+        assert status == expected
+        assert out == "true 1 \n" + ("" if here else "true 1 --vm\n")
+        assert ("too slow" in err) == (there == 124)
 
 
 # --- the rest ---
