@@ -231,11 +231,23 @@ class Group:
 
     # --- acting ---
 
+    def give_way(self, on: bool) -> None:
+        """Let its processes run only when nobody else wants to (SCHED_IDLE, of a group: cpu.idle),
+        and preempt them at once.
+
+        Whoever is removing it asks for much in turns with us; each turn would wait for the time
+        slice of one of its processes, of which a fork bomb has many.
+        """
+        for path in (f"{self.path}/cpu.idle", f"{self.v1.get('cpu', '')}/cpu.idle"):
+            with contextlib.suppress(OSError):
+                write(path, str(int(on)))
+
     def hurry(self) -> None:
         """Let its processes, which are to be killed, have all the CPU time that their end takes.
 
         They die at their own expense: as one group of many, a thousand of them would take long.
         """
+        self.give_way(False)
         v1 = self.v1.get("cpu", "")
         for path, value in ((f"{self.path}/cpu.weight", "10000"), (f"{v1}/cpu.shares", "262144")):
             with contextlib.suppress(OSError):

@@ -65,6 +65,10 @@ SEARCHED_MAX = 100_000
 CHANGED_S = 2 * TIMEOUT_S
 """For how long after a change of owners and modes it is asked again whether they allow a request:
 an answer to the kernel that was under way at that moment may have told it the old ones."""
+GIVING_WAY_S = 1.0
+"""How long a container that is being removed may take to be."""
+GIVING_WAY_MARKS = 3
+"""How many files removed look like that."""
 NOBODY = 65534
 ACCESS = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
 LAST_COOKIE = 1 << 62
@@ -272,6 +276,7 @@ class Operations(pyfuse3.Operations):
         self.running: dict[int, trio.CancelScope] = {}
         self.open_files: dict[int, OpenFile] = {}
         self.listings: dict[int, Listing] = {}
+        self.giving_way: set[Container] = set()
         # What a process has seen listed in procs/ it may remove, although the processes have ended
         # meanwhile.
         self.listed: dict[tuple[int, int], set[int]] = {}
@@ -833,6 +838,24 @@ class Operations(pyfuse3.Operations):
         if parent.entry is self.faces:
             raise PermissionError(errno.EPERM, "not to be removed", text)
         self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
+        container = parent.face.container
+        if parent.entry is self.tables.root and container.parent is not None:
+            self._let_give_way(container, parent)
+
+    def _let_give_way(self, container: Container, directory: Node) -> None:
+        """Several files of it are marked, so it may be being removed: let its processes not be in
+        the way of that, until it is or it turns out that it is not."""
+        marked = self.world.marks.union(directory.ino)
+        if container not in self.giving_way and len(marked) >= GIVING_WAY_MARKS:
+            self.giving_way.add(container)
+            container.group.give_way(True)
+            self.world.start(self._end_giving_way, container)
+
+    async def _end_giving_way(self, container: Container) -> None:
+        await trio.sleep(GIVING_WAY_S)
+        self.giving_way.discard(container)
+        if not container.dying:
+            container.group.give_way(False)
 
     @waiting
     async def rename(

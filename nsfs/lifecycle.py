@@ -821,6 +821,10 @@ async def resume(world: World) -> None:
     for each in kept:
         if each.phase is Phase.RUNNING:
             each.group.thaw_payload()
+            each.group.give_way(False)
+            # Its init may have ended while nobody looked.
+            world.look_at(each)
+        if each.phase is Phase.RUNNING:
             await _undo_binding(each)
             world.watch(each)
             world.look_at(each)

@@ -260,3 +260,32 @@ def test_nothing_is_left_of_two_hundred(tree: Path, instance: Instance) -> None:
     subprocess.run(f"rm -rf {tree}/n*", shell=True, check=True, timeout=120)
     instance.settled()
     assert not [name for name in os.listdir(tree) if name.startswith("n") and name[1:].isdigit()]
+
+
+def idle(web: Container) -> str:
+    """What `cpu.idle` of its group is."""
+    for row in Path(f"/proc/{web.init}/cgroup").read_text().splitlines():
+        _, controllers, relative = row.split(":", 2)
+        for mount in Path("/proc/self/mounts").read_text().splitlines():
+            _, directory, kind, options = mount.split(" ")[:4]
+            path = Path(f"{directory}{relative.removesuffix('/init')}/cpu.idle")
+            named = "cpu" in controllers.split(",") and "cpu" in options.split(",")
+            if path.exists() and (named or (kind == "cgroup2" and not controllers)):
+                return path.read_text().strip()
+    return "no controller"
+
+
+def test_it_gives_way_while_it_is_being_removed(web: Container, instance: Instance) -> None:
+    if idle(web) == "no controller":
+        pytest.skip("no hierarchy has the cpu controller")
+    for name in ("state", "kmsg"):
+        os.unlink(web / name)
+    assert idle(web) == "0"
+    os.unlink(web / "stat")
+    assert idle(web) == "1"
+    wait_until(lambda: idle(web) == "0", "it was not removed after all")
+    os.unlink(web / "init")
+    assert idle(web) == "1"
+    instance.kill_daemon()
+    assert "populated" in web.read("state")
+    assert idle(web) == "0"
