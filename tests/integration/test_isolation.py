@@ -375,7 +375,7 @@ def test_members_cannot_leave_their_group(web: Container) -> None:
                 for file in ("cgroup.procs", "tasks"):
                     tried(lambda: open(f"{top}/{way}/{file}", "w").write("0"))
         for file in ("pids.max", "cgroup.max.depth", "cgroup.freeze", "cgroup.kill", "memory.max"):
-            for top in ("/tmp/v2", "/tmp/v1"):
+            for top in filter(os.path.ismount, ("/tmp/v2", "/tmp/v1")):
                 assert tried(lambda: open(f"{top}/{file}", "w").write("1")) != "done", file
         # In a group of its own it stays below.
         os.mkdir("/tmp/v2/own")
