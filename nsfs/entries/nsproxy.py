@@ -79,5 +79,7 @@ def _target(kind: str) -> Link:
 
 FILES = (
     Directory("nsproxy", entries=tuple(_target(kind) for kind in namespaces.SORTED), mode=0o755),
-    Attribute("namespaces", show=namespaces_show, store=namespaces_store, flags=PARENTS),
+    Attribute(
+        "namespaces", show=namespaces_show, store=namespaces_store, flags=PARENTS, lines=True
+    ),
 )

@@ -208,3 +208,10 @@ def test_of_a_dead_one(web: Container, db: Container) -> None:
     with fails(errno.ENODEV):
         db.write("namespaces", "net ../web")
     assert db.run("echo still") == "still\n"
+
+
+def test_lines_written_one_by_one_are_one_value(web: Container, db: Container) -> None:
+    # As the echo of bash does.
+    script = f"printf 'net ../web\\nuts ../web\\n' > {db / 'namespaces'}"
+    subprocess.run(["bash", "-c", script], check=True)
+    assert (line(db, "net")[1], line(db, "uts")[1]) == ("../web", "../web")
