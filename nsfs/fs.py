@@ -239,16 +239,22 @@ class Value(OpenFile):
         self.face.world.opens.drop(self.token)
 
 
+Process = tuple[int, int]
+"""As `process_of` gives it."""
+Row = tuple[int, str, Node]
+"""Offset, name and node of what a directory lists."""
+
+
 class Listing:
     """An open directory: what it lists, by offset."""
 
     __slots__ = ("cookies", "node", "process", "rows")
 
-    def __init__(self, node: Node, process: tuple[int, int] | None) -> None:
+    def __init__(self, node: Node, process: Process | None) -> None:
         self.node = node
         self.process = process
         self.cookies: list[int] = []
-        self.rows: list[tuple[int, str, Node]] = []
+        self.rows: list[Row] = []
 
 
 class Operations(pyfuse3.Operations):
@@ -581,19 +587,19 @@ class Operations(pyfuse3.Operations):
 
     # --- directories ---
 
-    async def rows(self, node: Node) -> list[tuple[int, str, Node]]:
-        """What a directory lists: (offset, name, node), in the order of offsets.
+    async def rows(self, node: Node, asking: Process | None = None) -> list[Row]:
+        """What a directory lists to a process: (offset, name, node), in the order of offsets.
 
         Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
         meanwhile, and whoever the daemon is.
         """
         if node.path or isinstance(node.entry, TagType):
-            return await self._view_rows(node)
-        if node.entry is not self.tables.root and self._files_removed(node.face):
+            return await self._view_rows(node, asking)
+        if node.entry is not self.tables.root and self._files_removed(node.face, asking):
             return []
         return sorted(self._rows(node), key=lambda row: row[0])
 
-    def _rows(self, node: Node) -> Iterator[tuple[int, str, Node]]:
+    def _rows(self, node: Node) -> Iterator[Row]:
         # Files come first, so that who removes a container comes to its views, and to what comes
         # and goes by itself, last.
         entry = node.entry
@@ -611,9 +617,9 @@ class Operations(pyfuse3.Operations):
             for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
                 yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
 
-    async def _view_rows(self, node: Node) -> list[tuple[int, str, Node]]:
+    async def _view_rows(self, node: Node, asking: Process | None) -> list[Row]:
         face = node.face
-        if self._files_removed(face):
+        if self._files_removed(face, asking):
             return []
         view = self.tables.view(node)
         assert view is not None
@@ -636,28 +642,28 @@ class Operations(pyfuse3.Operations):
                 rows.append((CHILD_COOKIE + number, name, child))
         return sorted(rows, key=lambda row: row[0])
 
-    def _files_removed(self, face: Face) -> bool:
+    def _files_removed(self, face: Face, asking: Process | None) -> bool:
         """Whether living processes have removed every file of a container's directory.
 
         Files are listed first: so the container itself is being removed, and nothing is served by
         removing all that its other directories show one by one; they are shown as empty.
         """
         top = self.tables.of(face, self.tables.root)
-        marked = self.world.marks.union(top.ino)
+        marked = self.world.marks.union(top.ino, asking)
         return bool(marked) and all(
             child.entry.name in marked
             for child in self.tables.children(top)
             if not isinstance(child.entry, Directory)
         )
 
-    def _all_but_removed(self, node: Node) -> bool:
+    def _all_but_removed(self, node: Node, asking: Process | None) -> bool:
         """Whether everything beside this directory has been removed by living processes.
 
         Then this one, which is listed last, is about to be: what comes and goes in it is shown as
         gone, for nothing is served by removing a thousand processes' names before the processes.
         """
         above = self.tables.of(node.face, self.tables.root)
-        marked = self.world.marks.union(above.ino)
+        marked = self.world.marks.union(above.ino, asking)
         return bool(marked) and all(
             each.entry is node.entry or each.entry.name in marked
             for each in self.tables.children(above)
@@ -667,9 +673,8 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: Any) -> int:
         """FUSE_OPENDIR."""
         node = await self.node(inode)
-        keyed = isinstance(node.entry, Directory) and node.entry.member is not None
         token = self._new_token()
-        self.listings[token] = Listing(node, self.processes.of(ctx.pid) if keyed else None)
+        self.listings[token] = Listing(node, self.processes.of(ctx.pid))
         return token
 
     @waiting
@@ -681,10 +686,12 @@ class Operations(pyfuse3.Operations):
             # Opened with an earlier daemon.
             listing = self.listings[fh] = Listing(await self.node(inode), None)
         if not start_id or not listing.rows:
-            gone = listing.process is not None and self._all_but_removed(listing.node)
-            listing.rows = [] if gone else await self.rows(listing.node)
+            asking, entry = listing.process, listing.node.entry
+            keyed = isinstance(entry, Directory) and entry.member is not None
+            gone = keyed and self._all_but_removed(listing.node, asking)
+            listing.rows = [] if gone else await self.rows(listing.node, asking)
             listing.cookies = [row[0] for row in listing.rows]
-            if listing.process is not None:
+            if keyed and listing.process is not None:
                 for process in [p for p in self.listed if not process_lives(p)]:
                     del self.listed[process]
                 seen = self.listed.setdefault(listing.process, set())
@@ -746,7 +753,8 @@ class Operations(pyfuse3.Operations):
         if node.entry is not self.tables.root:
             if not isinstance(node.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
-            emptied = self._fully_marked(node) or await self._shows_nothing(node)
+            asking = self.processes.of(ctx.pid)
+            emptied = self._fully_marked(node, asking) or await self._shows_nothing(node, asking)
             if not emptied and isinstance(parent.entry, Directory) and parent.entry.remove:
                 with self._changing(parent, text, _caller(ctx)):
                     await parent.entry.remove(parent.face, text, _caller(ctx))
@@ -762,7 +770,7 @@ class Operations(pyfuse3.Operations):
         await container.settled.wait()
         with container.telling_why("rmdir"):
             check_seen_once(ctx.pid, self.world.device_numbers, node.face.viewpoint.number)
-            if self._fully_marked(node):
+            if self._fully_marked(node, self.processes.of(ctx.pid)):
                 lifecycle.end(container)
             else:
                 lifecycle.remove_idle(container)
@@ -784,18 +792,18 @@ class Operations(pyfuse3.Operations):
                 inode = self.directory(container, face.viewpoint).ino
                 self.world.start(_forget_entry, directory, os.fsencode(name), inode)
 
-    def _fully_marked(self, node: Node) -> bool:
+    def _fully_marked(self, node: Node, asking: Process) -> bool:
         """Whether living processes have removed all static entries of a directory; in a view, that
         they have begun to."""
-        marked = self.world.marks.union(node.ino)
+        marked = self.world.marks.union(node.ino, asking)
         in_view = node.path or isinstance(node.entry, TagType)
         if marked and (in_view or all(c.entry.name in marked for c in self.tables.children(node))):
             return True
-        return node.entry is not self.tables.root and self._files_removed(node.face)
+        return node.entry is not self.tables.root and self._files_removed(node.face, asking)
 
-    async def _shows_nothing(self, node: Node) -> bool:
+    async def _shows_nothing(self, node: Node, asking: Process) -> bool:
         """Whether it is a directory in a view that has nothing in it."""
-        return bool(node.path) and not await self._view_rows(node)
+        return bool(node.path) and not await self._view_rows(node, asking)
 
     @contextlib.contextmanager
     def _changing(self, directory: Node, name: str, caller: Caller) -> Iterator[None]:
@@ -840,13 +848,14 @@ class Operations(pyfuse3.Operations):
         self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
         container = parent.face.container
         if parent.entry is self.tables.root and container.parent is not None:
-            self._let_give_way(container, parent)
+            self._let_give_way(container, parent, self.processes.of(ctx.pid))
 
-    def _let_give_way(self, container: Container, directory: Node) -> None:
+    def _let_give_way(self, container: Container, directory: Node, asking: Process) -> None:
         """Several files of it are marked, so it may be being removed: let its processes not be in
         the way of that, until it is or it turns out that it is not."""
-        marked = self.world.marks.union(directory.ino)
-        if container not in self.giving_way and len(marked) >= GIVING_WAY_MARKS:
+        if container in self.giving_way:
+            return
+        if len(self.world.marks.union(directory.ino, asking)) >= GIVING_WAY_MARKS:
             self.giving_way.add(container)
             container.group.give_way(True)
             self.world.start(self._end_giving_way, container)

@@ -279,12 +279,15 @@ class Marks:
             if self._record:
                 self._record(process, directory, name)
 
-    def union(self, directory: int) -> set[str]:
-        """The names that living processes have removed there; the dead ones' marks are dropped."""
+    def union(self, directory: int, asking: tuple[int, int] | None = None) -> set[str]:
+        """The names that living processes have removed there; the dead ones' marks are dropped.
+
+        Who is asking lives.
+        """
         by_process = self._marks.get(directory)
         if not by_process:
             return set()
-        for process in [p for p in by_process if not self._alive(p)]:
+        for process in [p for p in by_process if p != asking and not self._alive(p)]:
             del by_process[process]
         if not by_process:
             del self._marks[directory]
