@@ -45,9 +45,10 @@ from nsfs.attribute import (
 from nsfs.authority import check_mode, check_seen_once
 from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
+from nsfs.processes import Process, Processes, process_lives, thread_group
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
 from nsfs.view import check_write, entry_of, lives, names_of, tag
-from nsfs.world import Processes, World, process_lives, thread_group
+from nsfs.world import World
 
 log = logging.getLogger(__name__)
 
@@ -239,8 +240,6 @@ class Value(OpenFile):
         self.face.world.opens.drop(self.token)
 
 
-Process = tuple[int, int]
-"""As `process_of` gives it."""
 Row = tuple[int, str, Node]
 """Offset, name and node of what a directory lists."""
 

@@ -19,7 +19,8 @@ from nsfs import klines, members, namespaces
 from nsfs.container import Container, Phase
 from nsfs.klines import Event, Packet
 from nsfs.marker import Marker, Tier
-from nsfs.world import World, start_time
+from nsfs.processes import start_time
+from nsfs.world import World
 
 LOOK_S = 1.0
 """How often network namespaces are looked for that members made."""

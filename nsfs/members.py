@@ -18,6 +18,7 @@ import trio
 from nsfs import cgroup, idmap
 from nsfs.attribute import one_line
 from nsfs.container import Container, Face
+from nsfs.processes import start_time
 
 COMMAND_WAIT_S = 0.2
 """How long a process may keep us from reading its command line."""
@@ -226,8 +227,6 @@ def _read_command(pid: int) -> bytes:
 
 def started(pid: int) -> float:
     """When a process started, in seconds since the Epoch."""
-    from nsfs.world import start_time
-
     try:
         ticks = start_time(pid)
     except (FileNotFoundError, ProcessLookupError) as error:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from nsfs import idmap, kernfs, loglimits, pods
+from nsfs import idmap, loglimits, pods
 from nsfs.attribute import Caller
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
@@ -36,6 +36,7 @@ from nsfs.logring import LogRing
 from nsfs.logstream import Log
 from nsfs.network import Addresses
 from nsfs.notices import Notices
+from nsfs.processes import process_lives
 from nsfs.spawner import Init, Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
@@ -565,64 +566,3 @@ def config_defaults(config: Config, hierarchies: Hierarchies) -> dict[str, Any]:
     chosen["unshare"] = tuple(sorted(chosen["unshare"]))
     chosen["limits"] = tuple(x for x in chosen["limits"] if hierarchies.has(x[0]))
     return chosen
-
-
-def thread_group(tid: int) -> int:
-    """The PID of a thread's process; `tid` when it has ended."""
-    try:
-        status = kernfs.read_once(f"/proc/{tid}/status")
-        return int(status[status.index(b"\nTgid:") + 6 :].split(None, 1)[0])
-    except (OSError, ValueError):
-        return tid
-
-
-def process_of(tid: int) -> tuple[int, int]:
-    """A process that nobody is mistaken for: the PID (thread group) of a thread, and its start time
-    in clock ticks since boot (proc_pid_stat(5), field 22).
-
-    (tid, 0) when it has ended.
-    """
-    tgid = thread_group(tid)
-    try:
-        return tgid, start_time(tgid)
-    except (OSError, ValueError):
-        return tid, 0
-
-
-class Processes:
-    """`process_of` for callers, who make many requests in a row: remembered for a moment.
-
-    Should the thread ID be another process's by then, that process's removals count for one that
-    has ended: for nothing.
-    """
-
-    REMEMBERED_S = 0.1
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[float, tuple[int, int]]] = {}
-
-    def of(self, tid: int) -> tuple[int, int]:
-        """The process of a thread."""
-        now = time.monotonic()
-        found = self._known.get(tid)
-        if found is None or now - found[0] > self.REMEMBERED_S:
-            if len(self._known) > 64:
-                self._known.clear()
-            found = self._known[tid] = (now, process_of(tid))
-        return found[1]
-
-
-def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot."""
-    # The command may contain blanks and parentheses; nothing after it does.
-    return int(kernfs.read_once(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
-
-
-def process_lives(process: tuple[int, int]) -> bool:
-    """Whether the process of `process_of` still is; a zombie has ended."""
-    try:
-        with open(f"/proc/{process[0]}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return False
-    return int(fields[19]) == process[1] and fields[0] not in (b"Z", b"X")

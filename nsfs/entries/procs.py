@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from nsfs import entry, leaf, members
 from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
+from nsfs.processes import thread_group
 from nsfs.tree import SELF
-from nsfs.world import thread_group
 
 
 async def process_show(face: Face, key: int) -> str:
