@@ -14,12 +14,9 @@ import errno
 import functools
 import logging
 import os
-import select
 import stat
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -29,25 +26,20 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 from nsfs import lifecycle, members, takeover
 from nsfs.attribute import (
     FILE_SIZE,
-    HIDDEN,
-    PARENTS,
-    VALUE_MAX,
     Attribute,
     Caller,
-    Contents,
     Directory,
     Entry,
     Link,
     OpenFile,
-    TagType,
-    Watchers,
 )
 from nsfs.authority import check_mode, check_seen_once
-from nsfs.container import Container, Face, Phase
+from nsfs.container import Container, Face
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
-from nsfs.processes import Process, Processes, process_lives, thread_group
-from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Names, Node, Paths, Tables, ino
-from nsfs.view import check_write, entry_of, lives, names_of, tag
+from nsfs.nodes import Nodes
+from nsfs.openfile import Listing, check_writable, open_file, reopen
+from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Node, ino
+from nsfs.view import check_write
 from nsfs.world import World
 
 log = logging.getLogger(__name__)
@@ -57,23 +49,10 @@ TIMEOUT_S = 1.0
 invalidated."""
 FOREVER_S = 3600.0
 """The same for what never changes."""
-DIRECTORY_COOKIE = 1 << 32
-"""Where the directory offsets of the tables' directories begin: after those of all files."""
-CHILD_COOKIE = 1 << 40
-"""Where the directory offsets of children begin, past those of the static entries."""
-SEARCHED_MAX = 100_000
-"""How many names of a view are looked through for one that an earlier daemon gave a number."""
 CHANGED_S = 2 * TIMEOUT_S
 """For how long after a change of owners and modes it is asked again whether they allow a request:
 an answer to the kernel that was under way at that moment may have told it the old ones."""
-GIVING_WAY_S = 1.0
-"""How long a container that is being removed may take to be."""
-GIVING_WAY_MARKS = 3
-"""How many files removed look like that."""
-NOBODY = 65534
 ACCESS = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
-LAST_COOKIE = 1 << 62
-"""The directory offset of the entry that is listed last."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -121,141 +100,6 @@ def waiting(method: Method[P, T]) -> Method[P, T]:
     return boundary(wrapper)  # type: ignore[arg-type]
 
 
-class Value(OpenFile):
-    """An open control file: a snapshot for whoever reads, a value from whoever writes."""
-
-    def __init__(
-        self, node: Node, token: int, flags: int, caller: Caller, tree: Operations
-    ) -> None:
-        super().__init__(node.face, token, flags, False)
-        self.node = node
-        self.tree = tree
-        self.view = tree.tables.view(node)
-        self.entry: Attribute = node.entry  # type: ignore[assignment]
-        self.contents: Contents | None = None
-        if self.view is not None and node.path:
-            self.contents = self.face.world.views.opened(self.face, self.view)
-        self.caller = caller
-        self.snapshot = b""
-        self.generation = 0
-        """Of the container, when it was opened to be written."""
-        self.written = b""
-        """The value that the next write goes on with, and where that would be."""
-        self.end = 0
-        self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
-        self.version = self.watchers.version if self.watchers else 0
-        if self.entry.store is not None and flags & os.O_ACCMODE != os.O_RDONLY:
-            # Authority is the opener's, also with the next daemon.
-            self.generation = self.face.container.generation()
-            self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid, self.generation)
-
-    async def _show(self) -> bytes:
-        if self.entry.show is None:
-            raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
-        if self.watchers is not None:
-            self.version = self.watchers.version
-        keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
-        await self._look_again()
-        assert self.entry.show is not None
-        text: Any = self.entry.show(self.face, *keyed)
-        if not isinstance(text, str | bytes):
-            text = await text
-        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
-
-    async def _look_again(self) -> None:
-        """See whether what a view showed here is still there: ENODEV when it is not.
-
-        Of what is in a view that is open all the time, show and store will say so.
-        """
-        if self.view is None:
-            return
-        if not self.node.path:
-            if not lives(tag(self.face, self.view)):
-                raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
-            return
-        try:
-            contents = await self.face.world.views.of(self.face, self.view)
-            if contents is self.contents:
-                return
-            # It was closed, having been idle, and is open again.
-            found = (await self.tree.node(self.node.ino)).entry
-        except FileNotFoundError as error:
-            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
-        if isinstance(found, Attribute):
-            self.entry = found
-            self.contents = contents
-
-    async def read(self, offset: int, size: int, request: int) -> bytes:
-        """A part of the snapshot that the read at offset 0 took."""
-        if not offset or not self.snapshot:
-            self.snapshot = await self._show()
-        return self.snapshot[offset : offset + size]
-
-    async def write(self, offset: int, data: bytes, request: int) -> int:
-        """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
-        one after another."""
-        # Rights are the opener's, what a path leads to is the writer's.
-        caller = replace(self.caller, writer=self.writer)
-        if self.entry.store is None:
-            raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
-        before = self.written if self.entry.lines and offset == self.end else b""
-        self.written, self.end = b"", 0
-        if len(before) + len(data) > VALUE_MAX:
-            raise OSError(errno.E2BIG, "value too long", self.entry.name)
-        value = (before + data).removesuffix(b"\n")
-        if b"\0" in value:
-            raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
-        container: Container = self.face.container
-        if self.generation != container.generation():
-            # Somebody may have taken it back.
-            number = self.node.ino & NUMBER_MASK
-            check_mode(self.face, self.entry, number, self.caller, os.W_OK)
-        with container.telling_why(self.entry.name):
-            if self.view is not None:
-                await self._look_again()
-                check_write(self.face, self.view, self.caller)
-            result = self.entry.store(self.face, os.fsdecode(value), caller)
-            if result is not None:
-                await result
-        if data.endswith(b"\n"):
-            self.written, self.end = before + data, offset + len(data)
-        return len(data)
-
-    def poll(self, notify: Callable[[], None] | None) -> int:
-        """Readable and writable; POLLPRI and POLLERR when it changed since it was read, as kernfs
-        has it."""
-        ready = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM
-        if self.watchers is None:
-            return ready
-        if notify is not None:
-            self.watchers.add(self, notify)
-        if self.version != self.watchers.version:
-            return ready | select.POLLPRI | select.POLLERR
-        return ready
-
-    def release(self) -> None:
-        """Nobody polls it any more."""
-        if self.watchers is not None:
-            self.watchers.drop(self)
-        self.face.world.opens.drop(self.token)
-
-
-Row = tuple[int, str, Node]
-"""Offset, name and node of what a directory lists."""
-
-
-class Listing:
-    """An open directory: what it lists, by offset."""
-
-    __slots__ = ("cookies", "node", "process", "rows")
-
-    def __init__(self, node: Node, process: Process | None) -> None:
-        self.node = node
-        self.process = process
-        self.cookies: list[int] = []
-        self.rows: list[Row] = []
-
-
 class Operations(pyfuse3.Operations):
     """The tree, as the kernel asks for it."""
 
@@ -271,24 +115,16 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.world = world
         self.device = device
-        self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
-        root = Directory("", entries=(*entries, self.faces))
-        names = Names(world.store.names(), world.store.add_name)
-        self.tables = Tables(root, names)
-        self.paths = Paths(world.store.secret())
+        self.nodes = Nodes(world, entries)
+        self.tables, self.processes = self.nodes.tables, self.nodes.processes
+        self.removal = self.nodes.removal
         world.changed = self.changed
-        self.processes = Processes()
         self.running: dict[int, trio.CancelScope] = {}
         self.open_files: dict[int, OpenFile] = {}
         self.listings: dict[int, Listing] = {}
-        self.giving_way: set[Container] = set()
-        # What a process has seen listed in procs/ it may remove, although the processes have ended
-        # meanwhile.
-        self.listed: dict[tuple[int, int], set[int]] = {}
         self._token: int = device.generation << 40
         self.changed_at = 0.0
         """When owners or modes last changed (CLOCK_MONOTONIC)."""
-        self.bound_files = {e.bound: e for e in entries if isinstance(e, Attribute) and e.bound}
 
     # --- requests ---
 
@@ -316,112 +152,6 @@ class Operations(pyfuse3.Operations):
         return self._token
 
     # --- nodes ---
-
-    async def node(self, inode: int) -> Node:
-        """The node of an inode number."""
-        face = self.world.face_numbered(inode >> 33)
-        number = inode & NUMBER_MASK
-        if number < SHOWN:
-            return self.tables.node(face, number)
-        return await self._shown(face, await self._path(face, number), number)
-
-    async def _path(self, face: Face, number: int) -> tuple[str, ...]:
-        """The path of what a view shows."""
-        return self.paths.path(face.number, number) or await self._search(face, number)
-
-    async def _shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Node:
-        """What a view shows at a path, which has that number if one is given; FileNotFoundError
-        when that is nothing."""
-        top = self.tables.child(self.tables.of(face, self.tables.root), path[0])
-        if top is None or not isinstance(top.entry, TagType):
-            raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
-        contents = await self.world.views.of(face, top.entry)
-        entry = await entry_of(contents, path[1:])
-        number = number or self.paths.number(face.number, path)
-        return Node(face, entry, 0, ino(face.number, number), path)
-
-    async def _search(self, face: Face, number: int) -> tuple[str, ...]:
-        """The path that an earlier daemon gave a number, or that was forgotten."""
-        left = SEARCHED_MAX
-        for view in self.tables.views():
-            if not face.has(view) or view.contents is None:
-                continue
-            try:
-                contents = await self.world.views.of(face, view)
-            except OSError:
-                continue
-            directories: list[tuple[str, ...]] = [()]
-            for directory in directories:
-                with contextlib.suppress(OSError):
-                    for name in await names_of(contents, directory):
-                        path = (view.name, *directory, name)
-                        if number in self.paths.numbers(path):
-                            return path
-                        if isinstance(await entry_of(contents, path[1:]), Directory):
-                            directories.append(path[1:])
-                        left -= 1
-                        if not left:
-                            break
-                await trio.lowlevel.checkpoint()
-        raise FileNotFoundError(errno.ENOENT, "nothing has that number any more", str(number))
-
-    def directory(self, container: Container, viewpoint: Container) -> Node:
-        """A container's directory as a viewpoint sees it."""
-        return self.tables.of(self.world.face(viewpoint, container), self.tables.root)
-
-    async def find(self, parent: Node, name: str, caller: Caller) -> Node:
-        """A name in a directory; FileNotFoundError when it has none of that name."""
-        entry = parent.entry
-        if not isinstance(entry, Directory):
-            raise NotADirectoryError(errno.ENOTDIR, "no directory", name)
-        if parent.path:
-            return await self._shown(parent.face, (*parent.path, name))
-        found = self.tables.child(parent, name)
-        if isinstance(entry, TagType):
-            if found is None:
-                return await self._shown(parent.face, (entry.name, name))
-            if not lives(tag(parent.face, entry)):
-                raise FileNotFoundError(errno.ENOENT, "the namespace is dead", name)
-        if found is not None:
-            return found
-        if entry is self.tables.root:
-            child = parent.face.container.children.get(name)
-            if child is not None and child.phase not in (Phase.MAKING, Phase.GONE):
-                return self.directory(child, parent.face.viewpoint)
-            if name == ".f" and parent.face.number == 0:
-                return self.tables.of(parent.face, self.faces)
-        elif entry is self.faces:
-            return self._bound(name)
-        elif entry.find is not None:
-            key = self._find_keyed(entry, parent, name, caller)
-            return self.tables.of(parent.face, entry.member or entry, key)
-        raise FileNotFoundError(errno.ENOENT, "no such file or directory", name)
-
-    def _find_keyed(self, entry: Directory, parent: Node, name: str, caller: Caller) -> int:
-        assert entry.find is not None
-        try:
-            return entry.find(parent.face, name, caller)
-        except FileNotFoundError:
-            # rm and find remove what they have listed, and take it ill when it is gone by then.
-            pid = name.partition(":")[0]
-            if pid.isdigit() and self.listed:
-                inode = self.tables.of(parent.face, entry.member or entry, int(pid)).ino
-                if inode in self.listed.get(self.processes.of(caller.tid), ()):
-                    return int(pid)
-            raise
-
-    def _bound(self, name: str) -> Node:
-        """What nsfs binds into containers: `.f/FACE`, or one of its files `.f/FACE.SUFFIX`."""
-        number, _, suffix = name.partition(".")
-        if not number.isdigit():
-            raise FileNotFoundError(errno.ENOENT, "no such face", name)
-        face = self.world.face_numbered(int(number))
-        if not suffix:
-            return self.tables.of(face, self.tables.root)
-        entry = self.bound_files.get(suffix)
-        if entry is None:
-            raise FileNotFoundError(errno.ENOENT, "no such face", name)
-        return self.tables.of(face, entry)
 
     def attributes(self, node: Node) -> EntryAttributes:
         """What stat(2) says of a node."""
@@ -456,7 +186,7 @@ class Operations(pyfuse3.Operations):
             if isinstance(entry, Attribute) and entry.mtime is not None:
                 mtime_ns = max(mtime_ns, entry.mtime(face))
                 attr.attr_timeout = 0
-            if entry is self.faces:
+            if entry is self.nodes.faces:
                 uid = gid = 0
             view = self.tables.view(node)
             deep = len(node.path) > 2 and not isinstance(entry, Link)
@@ -487,12 +217,12 @@ class Operations(pyfuse3.Operations):
         """FUSE_LOOKUP."""
         number = parent_inode & NUMBER_MASK
         if number < SHOWN:
-            parent = await self.node(parent_inode)
-            return self.attributes(await self.find(parent, os.fsdecode(name), _caller(ctx)))
+            parent = await self.nodes.node(parent_inode)
+            return self.attributes(await self.nodes.find(parent, os.fsdecode(name), _caller(ctx)))
         # What is in it is not there either when it is not.
         face = self.world.face_numbered(parent_inode >> 33)
-        path = await self._path(face, number)
-        return self.attributes(await self._shown(face, (*path, os.fsdecode(name))))
+        path = await self.nodes.path(face, number)
+        return self.attributes(await self.nodes.shown(face, (*path, os.fsdecode(name))))
 
     async def forget(self, inode_list: Any) -> None:
         """FUSE_FORGET: nodes are not kept, so there is nothing to forget."""
@@ -500,7 +230,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def getattr(self, inode: int, ctx: Any) -> EntryAttributes:
         """FUSE_GETATTR."""
-        return self.attributes(await self.node(inode))
+        return self.attributes(await self.nodes.node(inode))
 
     @waiting
     async def setattr(
@@ -508,11 +238,11 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """FUSE_SETATTR: chmod and chown change authority, truncation is the file's own; times are
         accepted and nothing comes of them."""
-        node = await self.node(inode)
+        node = await self.nodes.node(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             await self._change_owner(node, attr, fields)
         if fields.update_size and isinstance(node.entry, Attribute):
-            self._check_writable(node)
+            check_writable(node)
             if node.entry.truncate is not None:
                 node.entry.truncate(node.face, _caller(ctx))
         return self.attributes(node)
@@ -520,7 +250,7 @@ class Operations(pyfuse3.Operations):
     async def _change_owner(self, node: Node, attr: Any, fields: Any) -> None:
         face, container = node.face, node.face.container
         number = node.ino & NUMBER_MASK
-        if face.inner or number >= KEYED or node.entry is self.faces:
+        if face.inner or number >= KEYED or node.entry is self.nodes.faces:
             raise PermissionError(errno.EPERM, "its owner is not to be changed", node.entry.name)
         # What is no permission (set-user-ID, sticky) means nothing here.
         mode = attr.st_mode & 0o777 if fields.update_mode else -1
@@ -564,7 +294,7 @@ class Operations(pyfuse3.Operations):
                 if face.has(entry):
                     self._invalidate_inode(self.tables.of(face, entry).ino)
             self._invalidate_inode(self.tables.of(face, self.tables.root).ino)
-            for number in self.paths.known(face.number):
+            for number in self.nodes.paths.known(face.number):
                 self._invalidate_inode(ino(face.number, number))
 
     def _invalidate_inode(self, inode: int) -> None:
@@ -578,7 +308,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """FUSE_READLINK."""
-        node = await self.node(inode)
+        node = await self.nodes.node(inode)
         if not isinstance(node.entry, Link):
             raise OSError(errno.EINVAL, "no link", node.entry.name)
         target = node.entry.target(node.face)
@@ -586,92 +316,10 @@ class Operations(pyfuse3.Operations):
 
     # --- directories ---
 
-    async def rows(self, node: Node, asking: Process | None = None) -> list[Row]:
-        """What a directory lists to a process: (offset, name, node), in the order of offsets.
-
-        Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
-        meanwhile, and whoever the daemon is.
-        """
-        if node.path or isinstance(node.entry, TagType):
-            return await self._view_rows(node, asking)
-        if node.entry is not self.tables.root and self._files_removed(node.face, asking):
-            return []
-        return sorted(self._rows(node), key=lambda row: row[0])
-
-    def _rows(self, node: Node) -> Iterator[Row]:
-        # Files come first, so that who removes a container comes to its views, and to what comes
-        # and goes by itself, last.
-        entry = node.entry
-        for index, child in enumerate(self.tables.children(node), 1):
-            first = 0
-            if isinstance(child.entry, Directory):
-                first = DIRECTORY_COOKIE if child.entry.member is None else LAST_COOKIE
-            yield first + index, child.entry.name, child
-        if entry is self.tables.root:
-            viewpoint = node.face.viewpoint
-            for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
-                if each.phase not in (Phase.MAKING, Phase.GONE):
-                    yield CHILD_COOKIE + each.number, each.name, self.directory(each, viewpoint)
-        elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
-            for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
-                yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
-
-    async def _view_rows(self, node: Node, asking: Process | None) -> list[Row]:
-        face = node.face
-        if self._files_removed(face, asking):
-            return []
-        view = self.tables.view(node)
-        assert view is not None
-        try:
-            contents = await self.world.views.of(face, view)
-        except FileNotFoundError:
-            # The namespace is dead: so is all that it showed.
-            return []
-        rows = []
-        if not node.path:
-            children = enumerate(self.tables.children(node), 1)
-            rows = [(index, child.entry.name, child) for index, child in children]
-        path = node.path or (view.name,)
-        for name in await names_of(contents, path[1:]):
-            # It may have gone meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                entry = await entry_of(contents, (*path[1:], name))
-                number = self.paths.number(face.number, (*path, name))
-                child = Node(face, entry, 0, ino(face.number, number), (*path, name))
-                rows.append((CHILD_COOKIE + number, name, child))
-        return sorted(rows, key=lambda row: row[0])
-
-    def _files_removed(self, face: Face, asking: Process | None) -> bool:
-        """Whether living processes have removed every file of a container's directory.
-
-        Files are listed first: so the container itself is being removed, and nothing is served by
-        removing all that its other directories show one by one; they are shown as empty.
-        """
-        top = self.tables.of(face, self.tables.root)
-        marked = self.world.marks.union(top.ino, asking)
-        return bool(marked) and all(
-            child.entry.name in marked
-            for child in self.tables.children(top)
-            if not isinstance(child.entry, Directory)
-        )
-
-    def _all_but_removed(self, node: Node, asking: Process | None) -> bool:
-        """Whether everything beside this directory has been removed by living processes.
-
-        Then this one, which is listed last, is about to be: what comes and goes in it is shown as
-        gone, for nothing is served by removing a thousand processes' names before the processes.
-        """
-        above = self.tables.of(node.face, self.tables.root)
-        marked = self.world.marks.union(above.ino, asking)
-        return bool(marked) and all(
-            each.entry is node.entry or each.entry.name in marked
-            for each in self.tables.children(above)
-        )
-
     @waiting
     async def opendir(self, inode: int, ctx: Any) -> int:
         """FUSE_OPENDIR."""
-        node = await self.node(inode)
+        node = await self.nodes.node(inode)
         token = self._new_token()
         self.listings[token] = Listing(node, self.processes.of(ctx.pid))
         return token
@@ -683,20 +331,10 @@ class Operations(pyfuse3.Operations):
         listing = self.listings.get(fh)
         if listing is None:
             # Opened with an earlier daemon.
-            listing = self.listings[fh] = Listing(await self.node(inode), None)
+            listing = self.listings[fh] = Listing(await self.nodes.node(inode), None)
         if not start_id or not listing.rows:
-            asking, entry = listing.process, listing.node.entry
-            keyed = isinstance(entry, Directory) and entry.member is not None
-            gone = keyed and self._all_but_removed(listing.node, asking)
-            listing.rows = [] if gone else await self.rows(listing.node, asking)
-            listing.cookies = [row[0] for row in listing.rows]
-            if keyed and listing.process is not None:
-                for process in [p for p in self.listed if not process_lives(p)]:
-                    del self.listed[process]
-                seen = self.listed.setdefault(listing.process, set())
-                seen.update(row[2].ino for row in listing.rows)
-        for row in listing.rows[bisect_right(listing.cookies, start_id) :]:
-            cookie, name, node = row
+            await listing.look(self.nodes)
+        for cookie, name, node in listing.after(start_id):
             if not pyfuse3.readdir_reply(token, os.fsencode(name), self.attributes(node), cookie):
                 break
 
@@ -709,21 +347,21 @@ class Operations(pyfuse3.Operations):
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
         """FUSE_MKDIR: make a container."""
         unique = self.request()
-        parent = await self.node(parent_inode)
+        parent = await self.nodes.node(parent_inode)
         text = os.fsdecode(name)
         if isinstance(parent.entry, Directory) and parent.entry.make is not None:
             # What the daemon before this one made is there by now.
-            if not (self.replayed() and await self._is_there(parent, text, _caller(ctx))):
+            if not (self.replayed() and await self.nodes.is_there(parent, text, _caller(ctx))):
                 with self._changing(parent, text, _caller(ctx)):
                     await parent.entry.make(parent.face, text, _caller(ctx))
-            return self.attributes(await self.find(parent, text, _caller(ctx)))
+            return self.attributes(await self.nodes.find(parent, text, _caller(ctx)))
         if parent.entry is not self.tables.root:
             raise PermissionError(
                 errno.EPERM, "containers are made in containers", parent.entry.name
             )
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
-        self._check_not_being_removed(parent.face.container, text)
+        self.removal.check_not_being_removed(parent.face.container, text)
         self._check_now(parent, _caller(ctx))
         if not self.world.primed:
             # Whoever is so early has not waited for the mount to be ready.
@@ -733,17 +371,17 @@ class Operations(pyfuse3.Operations):
             made = await lifecycle.make(
                 above, text, _caller(ctx), request=unique, mode=mode & 0o777
             )
-        return self.attributes(self.directory(made, parent.face.viewpoint))
+        return self.attributes(self.nodes.directory(made, parent.face.viewpoint))
 
     @waiting
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """FUSE_RMDIR: remove an idle container, or one whose entries have all been removed, with
         all in it."""
         replayed = self.replayed()
-        parent = await self.node(parent_inode)
+        parent = await self.nodes.node(parent_inode)
         text = os.fsdecode(name)
         try:
-            node = await self.find(parent, text, _caller(ctx))
+            node = await self.nodes.find(parent, text, _caller(ctx))
         except FileNotFoundError:
             if replayed:
                 # The daemon before this one did it, and did not get to say so.
@@ -753,7 +391,8 @@ class Operations(pyfuse3.Operations):
             if not isinstance(node.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", text)
             asking = self.processes.of(ctx.pid)
-            emptied = self._fully_marked(node, asking) or await self._shows_nothing(node, asking)
+            marked = self.removal.fully_marked(node, asking)
+            emptied = marked or await self.nodes.shows_nothing(node, asking)
             if not emptied and isinstance(parent.entry, Directory) and parent.entry.remove:
                 with self._changing(parent, text, _caller(ctx)):
                     await parent.entry.remove(parent.face, text, _caller(ctx))
@@ -769,40 +408,19 @@ class Operations(pyfuse3.Operations):
         await container.settled.wait()
         with container.telling_why("rmdir"):
             check_seen_once(ctx.pid, self.world.device_numbers, node.face.viewpoint.number)
-            if self._fully_marked(node, self.processes.of(ctx.pid)):
+            if self.removal.fully_marked(node, self.processes.of(ctx.pid)):
                 lifecycle.end(container)
             else:
                 lifecycle.remove_idle(container)
         self.forget_name(parent, container, text)
-
-    async def _is_there(self, parent: Node, name: str, caller: Caller) -> bool:
-        """Whether a directory has that name."""
-        try:
-            await self.find(parent, name, caller)
-        except FileNotFoundError:
-            return False
-        return True
 
     def forget_name(self, parent: Node, container: Container, name: str) -> None:
         """Have the kernel drop a container's name wherever else it is seen."""
         for face in self.world.known_faces(parent.face.container):
             if face is not parent.face:
                 directory = self.tables.of(face, self.tables.root).ino
-                inode = self.directory(container, face.viewpoint).ino
+                inode = self.nodes.directory(container, face.viewpoint).ino
                 self.world.start(_forget_entry, directory, os.fsencode(name), inode)
-
-    def _fully_marked(self, node: Node, asking: Process) -> bool:
-        """Whether living processes have removed all static entries of a directory; in a view, that
-        they have begun to."""
-        marked = self.world.marks.union(node.ino, asking)
-        in_view = node.path or isinstance(node.entry, TagType)
-        if marked and (in_view or all(c.entry.name in marked for c in self.tables.children(node))):
-            return True
-        return node.entry is not self.tables.root and self._files_removed(node.face, asking)
-
-    async def _shows_nothing(self, node: Node, asking: Process) -> bool:
-        """Whether it is a directory in a view that has nothing in it."""
-        return bool(node.path) and not await self._view_rows(node, asking)
 
     @contextlib.contextmanager
     def _changing(self, directory: Node, name: str, caller: Caller) -> Iterator[None]:
@@ -815,55 +433,20 @@ class Operations(pyfuse3.Operations):
                 check_write(directory.face, view, caller)
             yield
 
-    def _check_not_being_removed(self, container: Container, name: str) -> None:
-        """ENOENT when a removal of it, or of what it is in, has come to the nested containers.
-
-        It goes by the names that it has listed: were others given to them meanwhile, from inside
-        for instance, it would fail with ENOTEMPTY.  They are listed after everything else but
-        procs/.
-        """
-        for each in container.lineage():
-            if each.parent is None:
-                return
-            for face in self.world.known_faces(each):
-                marked = self.world.marks.union(self.tables.of(face, self.tables.root).ino)
-                if marked and all(
-                    child.entry.name in marked
-                    for child in self.tables.children(self.tables.of(face, self.tables.root))
-                    if not (isinstance(child.entry, Directory) and child.entry.member is not None)
-                ):
-                    raise FileNotFoundError(errno.ENOENT, "it is being removed", name)
-
     @waiting
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """FUSE_UNLINK: accepted, but only noted; see `tree.Marks`."""
-        parent = await self.node(parent_inode)
+        parent = await self.nodes.node(parent_inode)
         text = os.fsdecode(name)
-        node = await self.find(parent, text, _caller(ctx))
+        node = await self.nodes.find(parent, text, _caller(ctx))
         if isinstance(node.entry, Directory):
             raise IsADirectoryError(errno.EISDIR, "a directory", text)
-        if parent.entry is self.faces:
+        if parent.entry is self.nodes.faces:
             raise PermissionError(errno.EPERM, "not to be removed", text)
         self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
         container = parent.face.container
         if parent.entry is self.tables.root and container.parent is not None:
-            self._let_give_way(container, parent, self.processes.of(ctx.pid))
-
-    def _let_give_way(self, container: Container, directory: Node, asking: Process) -> None:
-        """Several files of it are marked, so it may be being removed: let its processes not be in
-        the way of that, until it is or it turns out that it is not."""
-        if container in self.giving_way:
-            return
-        if len(self.world.marks.union(directory.ino, asking)) >= GIVING_WAY_MARKS:
-            self.giving_way.add(container)
-            container.group.give_way(True)
-            self.world.start(self._end_giving_way, container)
-
-    async def _end_giving_way(self, container: Container) -> None:
-        await trio.sleep(GIVING_WAY_S)
-        self.giving_way.discard(container)
-        if not container.dying:
-            container.group.give_way(False)
+            self.removal.let_give_way(container, parent, self.processes.of(ctx.pid))
 
     @waiting
     async def rename(
@@ -873,21 +456,21 @@ class Operations(pyfuse3.Operations):
         if flags & ~int(pyfuse3.RENAME_NOREPLACE):
             raise OSError(errno.EINVAL, "containers cannot change places", os.fsdecode(old))
         replayed = self.replayed()
-        source, target = await self.node(old_parent), await self.node(new_parent)
+        source, target = await self.nodes.node(old_parent), await self.nodes.node(new_parent)
         old_name, new_name = os.fsdecode(old), os.fsdecode(new)
         known = source.face.container.children
         if replayed and old_name not in known and new_name in known:
             # The daemon before this one did it, and did not get to say so.
             return
-        if replayed and not await self._is_there(source, old_name, _caller(ctx)):
+        if replayed and not await self.nodes.is_there(source, old_name, _caller(ctx)):
             # Likewise of what is in a view.
-            await self.find(target, new_name, _caller(ctx))
+            await self.nodes.find(target, new_name, _caller(ctx))
             return
-        node = await self.find(source, old_name, _caller(ctx))
+        node = await self.nodes.find(source, old_name, _caller(ctx))
         if isinstance(source.entry, Directory) and source.entry.rename is not None:
             if not isinstance(node.entry, Directory) or self.tables.child(source, old_name):
                 raise PermissionError(errno.EPERM, "it has no other name", old_name)
-            if await self._is_there(target, new_name, _caller(ctx)):
+            if await self.nodes.is_there(target, new_name, _caller(ctx)):
                 raise OSError(errno.EEXIST, "the name is taken", new_name)
             if not isinstance(target.entry, Directory):
                 raise NotADirectoryError(errno.ENOTDIR, "no directory", new_name)
@@ -906,7 +489,7 @@ class Operations(pyfuse3.Operations):
             raise PermissionError(errno.EPERM, "namespaces cannot be re-nested", old_name)
         if self.tables.reserved(new_name):
             raise OSError(errno.EEXIST, "the name is taken", new_name)
-        self._check_not_being_removed(source.face.container, new_name)
+        self.removal.check_not_being_removed(source.face.container, new_name)
         self._check_now(source, _caller(ctx))
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)
@@ -914,7 +497,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def link(self, inode: int, new_parent: int, new: bytes, ctx: Any) -> EntryAttributes:
         """FUSE_LINK: enter a container."""
-        source, target = await self.node(inode), await self.node(new_parent)
+        source, target = await self.nodes.node(inode), await self.nodes.node(new_parent)
         entry = target.entry
         keyed = KEYED <= source.ino & NUMBER_MASK < SHOWN
         name = os.fsdecode(new)
@@ -944,19 +527,13 @@ class Operations(pyfuse3.Operations):
 
     # --- files ---
 
-    def _check_writable(self, node: Node) -> None:
-        # Inside, root has CAP_DAC_OVERRIDE over files that are its own: the mode alone does not
-        # stop it.
-        if node.face.inner and PARENTS in node.entry.flags:
-            raise PermissionError(errno.EACCES, "it is the parent's to change", node.entry.name)
-
     @waiting
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
         """FUSE_OPEN."""
-        node = await self.node(inode)
+        node = await self.nodes.node(inode)
         self._check_now(node, _caller(ctx), ACCESS[flags & os.O_ACCMODE])
         token = self._new_token()
-        opened = self._open(node, token, flags, _caller(ctx))
+        opened = open_file(self.nodes, node, token, flags, _caller(ctx))
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
             try:
                 node.entry.truncate(node.face, _caller(ctx))
@@ -966,59 +543,6 @@ class Operations(pyfuse3.Operations):
         self.open_files[token] = opened
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
-    def _own(self, node: Node, caller: Caller) -> Node:
-        """What `procs/self` is to that caller."""
-        pid = thread_group(caller.tid)
-        if members.container_of(node.face.container, pid) is None:
-            raise members.no_process("self")
-        key = members.seen_pid(pid, members.level(node.face.viewpoint))
-        return self.tables.of(node.face, node.entry, key)
-
-    def _open(self, node: Node, token: int, flags: int, caller: Caller) -> OpenFile:
-        own = node.ino & NUMBER_MASK == KEYED + SELF
-        if own:
-            node = self._own(node, caller)
-        entry = node.entry
-        if not isinstance(entry, Attribute):
-            raise OSError(errno.EINVAL, "no file", entry.name)
-        access = flags & os.O_ACCMODE
-        if access != os.O_RDONLY:
-            self._check_writable(node)
-        if entry.stream is not None:
-            return entry.stream(node.face, token, flags, False)
-        # As kernfs_fop_open() has it: what no show or store is for cannot be opened for it, by root
-        # neither.
-        if (access != os.O_WRONLY and entry.show is None) or (
-            access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200
-        ):
-            raise OSError(errno.EINVAL, "not for that", entry.name)
-        view = self.tables.view(node)
-        # What has a path was found there a moment ago.
-        if view is not None and not node.path and not lives(tag(node.face, view)):
-            raise FileNotFoundError(errno.ENOENT, "the namespace is dead", entry.name)
-        if own:
-            # The next daemon has to know whose.
-            self.world.opens.put(token, caller.uid, caller.gid, caller.tid)
-        return Value(node, token, flags, caller, self)
-
-    def _reopen(self, node: Node, token: int) -> OpenFile:
-        """Make an open file of an earlier daemon again."""
-        entry = node.entry
-        assert isinstance(entry, Attribute)
-        if entry.stream is not None:
-            return entry.stream(node.face, token, 0, True)
-        known = self.world.opens.get(token)
-        # That of a file opened only to be read was not kept: it is nobody's to write.
-        caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
-        if known and node.ino & NUMBER_MASK == KEYED + SELF:
-            node = self._own(node, caller)
-        value = Value(node, token, 0, caller, self)
-        if known:
-            value.generation = known[3]
-        # What changed while there was no daemon is told, even if that was nothing.
-        value.version = -1
-        return value
-
     async def _opened(self, fh: int) -> OpenFile:
         """An open file; one that an earlier daemon opened is made again from the inode of the
         request."""
@@ -1026,10 +550,10 @@ class Operations(pyfuse3.Operations):
         found = self.open_files.get(fh)
         if found is None:
             try:
-                node = await self.node(inode)
+                node = await self.nodes.node(inode)
             except FileNotFoundError:
                 raise OSError(errno.ENODEV, "the container is gone", str(fh)) from None
-            found = self.open_files.get(fh) or self._reopen(node, fh)
+            found = self.open_files.get(fh) or reopen(self.nodes, node, fh)
             self.open_files[fh] = found
         return found
 
@@ -1092,7 +616,7 @@ class Operations(pyfuse3.Operations):
 
         Not ENOSYS for all others: that would be the last request of this kind.
         """
-        node = await self.node(inode)
+        node = await self.nodes.node(inode)
         entry = node.entry
         if name != ENTER_ATTRIBUTE or not isinstance(entry, Directory) or entry.link is None:
             raise OSError(errno.EOPNOTSUPP, "no such attribute", entry.name)

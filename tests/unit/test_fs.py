@@ -115,7 +115,7 @@ async def fails(number: int, function: Any, *args: Any) -> None:
 
 
 async def names(ops: Operations, inode: int) -> list[str]:
-    return [name for _, name, _ in await ops.rows(await ops.node(inode))]
+    return [name for _, name, _ in await ops.nodes.rows(await ops.nodes.node(inode))]
 
 
 async def test_the_root_is_inode_1(ops: Operations) -> None:
@@ -139,7 +139,7 @@ async def test_a_container_has_what_its_listing_says(ops: Operations) -> None:
 async def test_offsets_of_a_listing_never_repeat_and_grow(ops: Operations) -> None:
     for number in range(3):
         await mkdir(ops, 1, f"c{number}")
-    cookies = [cookie for cookie, _, _ in await ops.rows(await ops.node(1))]
+    cookies = [cookie for cookie, _, _ in await ops.nodes.rows(await ops.nodes.node(1))]
     assert cookies == sorted(set(cookies))
 
 
@@ -177,7 +177,7 @@ async def test_rmdir_removes_when_everything_was_unlinked(ops: Operations) -> No
 
 
 async def remove_all(ops: Operations, directory: int) -> None:
-    found = list(ops.tables.children(await ops.node(directory)))
+    found = list(ops.tables.children(await ops.nodes.node(directory)))
     # In the order in which they are listed.
     for node in sorted(found, key=lambda each: isinstance(each.entry, Directory)):
         name = node.entry.name.encode()
@@ -193,7 +193,7 @@ async def test_directories_are_empty_once_all_files_are_unlinked(ops: Operations
     defaults = (await ops.lookup(web, b"defaults", CTX)).st_ino
     files = [
         node.entry.name.encode()
-        for node in ops.tables.children(await ops.node(web))
+        for node in ops.tables.children(await ops.nodes.node(web))
         if not isinstance(node.entry, Directory)
     ]
     for name in files:
@@ -243,7 +243,7 @@ async def test_an_open_file_of_another_daemon_is_made_again(ops: Operations) -> 
 async def test_inside_the_parents_files_are_read_only_for_its_root_too(ops: Operations) -> None:
     await mkdir(ops, 1, "web")
     web: Container = ops.world.root.children["web"]
-    inner = ops.directory(web, web)
+    inner = ops.nodes.directory(web, web)
     found = await ops.lookup(inner.ino, b"rootfs", CTX)
     assert found.st_mode & 0o777 == 0o444
     await fails(errno.EACCES, ops.open, found.st_ino, os.O_WRONLY, CTX)
@@ -257,6 +257,6 @@ async def test_inside_the_parents_files_are_read_only_for_its_root_too(ops: Oper
 async def test_two_faces_of_a_container_have_owners_of_their_own(ops: Operations) -> None:
     outer = await mkdir(ops, 1, "web")
     web: Container = ops.world.root.children["web"]
-    inner = ops.directory(web, web).ino
+    inner = ops.nodes.directory(web, web).ino
     assert (await ops.getattr(outer, CTX)).st_uid == 0
     assert (await ops.getattr(inner, CTX)).st_uid == web.root_uid >= 0x70000000

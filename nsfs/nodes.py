@@ -1,0 +1,220 @@
+"""Finding nodes: by inode number, by name, and what a directory lists."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import trio
+
+from nsfs.attribute import HIDDEN, Attribute, Caller, Directory, Entry, TagType
+from nsfs.container import Container, Face, Phase
+from nsfs.processes import Process, Processes
+from nsfs.removal import Removal
+from nsfs.tree import NUMBER_MASK, SHOWN, Names, Node, Paths, Tables, ino
+from nsfs.view import entry_of, lives, names_of, tag
+from nsfs.world import World
+
+DIRECTORY_COOKIE = 1 << 32
+"""Where the directory offsets of the tables' directories begin: after those of all files."""
+CHILD_COOKIE = 1 << 40
+"""Where the directory offsets of children begin, past those of the static entries."""
+LAST_COOKIE = 1 << 62
+"""The directory offset of the entry that is listed last."""
+SEARCHED_MAX = 100_000
+"""How many names of a view are looked through for one that an earlier daemon gave a number."""
+
+Row = tuple[int, str, Node]
+"""Offset, name and node of what a directory lists."""
+
+
+class Nodes:
+    """The nodes of all faces; they are made when they are asked for, and none is kept."""
+
+    def __init__(self, world: World, entries: tuple[Entry, ...]) -> None:
+        self.world = world
+        self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
+        root = Directory("", entries=(*entries, self.faces))
+        names = Names(world.store.names(), world.store.add_name)
+        self.tables = Tables(root, names)
+        self.paths = Paths(world.store.secret())
+        self.bound_files = {e.bound: e for e in entries if isinstance(e, Attribute) and e.bound}
+        self.removal = Removal(world, self.tables)
+        self.processes = Processes()
+        # What a process has seen listed in procs/ it may remove, although the processes have ended
+        # meanwhile.
+        self.listed: dict[Process, set[int]] = {}
+
+    async def node(self, inode: int) -> Node:
+        """The node of an inode number."""
+        face = self.world.face_numbered(inode >> 33)
+        number = inode & NUMBER_MASK
+        if number < SHOWN:
+            return self.tables.node(face, number)
+        return await self.shown(face, await self.path(face, number), number)
+
+    async def path(self, face: Face, number: int) -> tuple[str, ...]:
+        """The path of what a view shows."""
+        return self.paths.path(face.number, number) or await self._search(face, number)
+
+    async def shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Node:
+        """What a view shows at a path, which has that number if one is given; FileNotFoundError
+        when that is nothing."""
+        top = self.tables.child(self.tables.of(face, self.tables.root), path[0])
+        if top is None or not isinstance(top.entry, TagType):
+            raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
+        contents = await self.world.views.of(face, top.entry)
+        entry = await entry_of(contents, path[1:])
+        number = number or self.paths.number(face.number, path)
+        return Node(face, entry, 0, ino(face.number, number), path)
+
+    async def _search(self, face: Face, number: int) -> tuple[str, ...]:
+        """The path that an earlier daemon gave a number, or that was forgotten."""
+        left = SEARCHED_MAX
+        for view in self.tables.views():
+            if not face.has(view) or view.contents is None:
+                continue
+            try:
+                contents = await self.world.views.of(face, view)
+            except OSError:
+                continue
+            directories: list[tuple[str, ...]] = [()]
+            for directory in directories:
+                with contextlib.suppress(OSError):
+                    for name in await names_of(contents, directory):
+                        path = (view.name, *directory, name)
+                        if number in self.paths.numbers(path):
+                            return path
+                        if isinstance(await entry_of(contents, path[1:]), Directory):
+                            directories.append(path[1:])
+                        left -= 1
+                        if not left:
+                            break
+                await trio.lowlevel.checkpoint()
+        raise FileNotFoundError(errno.ENOENT, "nothing has that number any more", str(number))
+
+    def directory(self, container: Container, viewpoint: Container) -> Node:
+        """A container's directory as a viewpoint sees it."""
+        return self.tables.of(self.world.face(viewpoint, container), self.tables.root)
+
+    async def find(self, parent: Node, name: str, caller: Caller) -> Node:
+        """A name in a directory; FileNotFoundError when it has none of that name."""
+        entry = parent.entry
+        if not isinstance(entry, Directory):
+            raise NotADirectoryError(errno.ENOTDIR, "no directory", name)
+        if parent.path:
+            return await self.shown(parent.face, (*parent.path, name))
+        found = self.tables.child(parent, name)
+        if isinstance(entry, TagType):
+            if found is None:
+                return await self.shown(parent.face, (entry.name, name))
+            if not lives(tag(parent.face, entry)):
+                raise FileNotFoundError(errno.ENOENT, "the namespace is dead", name)
+        if found is not None:
+            return found
+        if entry is self.tables.root:
+            child = parent.face.container.children.get(name)
+            if child is not None and child.phase not in (Phase.MAKING, Phase.GONE):
+                return self.directory(child, parent.face.viewpoint)
+            if name == ".f" and parent.face.number == 0:
+                return self.tables.of(parent.face, self.faces)
+        elif entry is self.faces:
+            return self._bound(name)
+        elif entry.find is not None:
+            key = self._find_keyed(entry, parent, name, caller)
+            return self.tables.of(parent.face, entry.member or entry, key)
+        raise FileNotFoundError(errno.ENOENT, "no such file or directory", name)
+
+    def _find_keyed(self, entry: Directory, parent: Node, name: str, caller: Caller) -> int:
+        assert entry.find is not None
+        try:
+            return entry.find(parent.face, name, caller)
+        except FileNotFoundError:
+            # rm and find remove what they have listed, and take it ill when it is gone by then.
+            pid = name.partition(":")[0]
+            if pid.isdigit() and self.listed:
+                inode = self.tables.of(parent.face, entry.member or entry, int(pid)).ino
+                if inode in self.listed.get(self.processes.of(caller.tid), ()):
+                    return int(pid)
+            raise
+
+    def _bound(self, name: str) -> Node:
+        """What nsfs binds into containers: `.f/FACE`, or one of its files `.f/FACE.SUFFIX`."""
+        number, _, suffix = name.partition(".")
+        if not number.isdigit():
+            raise FileNotFoundError(errno.ENOENT, "no such face", name)
+        face = self.world.face_numbered(int(number))
+        if not suffix:
+            return self.tables.of(face, self.tables.root)
+        entry = self.bound_files.get(suffix)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, "no such face", name)
+        return self.tables.of(face, entry)
+
+    async def rows(self, node: Node, asking: Process | None = None) -> list[Row]:
+        """What a directory lists to a process: (offset, name, node), in the order of offsets.
+
+        Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
+        meanwhile, and whoever the daemon is.
+        """
+        if node.path or isinstance(node.entry, TagType):
+            return await self._view_rows(node, asking)
+        if node.entry is not self.tables.root and self.removal.files_removed(node.face, asking):
+            return []
+        return sorted(self._rows(node), key=lambda row: row[0])
+
+    def _rows(self, node: Node) -> Iterator[Row]:
+        # Files come first, so that who removes a container comes to its views, and to what comes
+        # and goes by itself, last.
+        entry = node.entry
+        for index, child in enumerate(self.tables.children(node), 1):
+            first = 0
+            if isinstance(child.entry, Directory):
+                first = DIRECTORY_COOKIE if child.entry.member is None else LAST_COOKIE
+            yield first + index, child.entry.name, child
+        if entry is self.tables.root:
+            viewpoint = node.face.viewpoint
+            for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
+                if each.phase not in (Phase.MAKING, Phase.GONE):
+                    yield CHILD_COOKIE + each.number, each.name, self.directory(each, viewpoint)
+        elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
+            for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
+                yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)
+
+    async def _view_rows(self, node: Node, asking: Process | None) -> list[Row]:
+        face = node.face
+        if self.removal.files_removed(face, asking):
+            return []
+        view = self.tables.view(node)
+        assert view is not None
+        try:
+            contents = await self.world.views.of(face, view)
+        except FileNotFoundError:
+            # The namespace is dead: so is all that it showed.
+            return []
+        rows = []
+        if not node.path:
+            children = enumerate(self.tables.children(node), 1)
+            rows = [(index, child.entry.name, child) for index, child in children]
+        path = node.path or (view.name,)
+        for name in await names_of(contents, path[1:]):
+            # It may have gone meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                entry = await entry_of(contents, (*path[1:], name))
+                number = self.paths.number(face.number, (*path, name))
+                child = Node(face, entry, 0, ino(face.number, number), (*path, name))
+                rows.append((CHILD_COOKIE + number, name, child))
+        return sorted(rows, key=lambda row: row[0])
+
+    async def is_there(self, parent: Node, name: str, caller: Caller) -> bool:
+        """Whether a directory has that name."""
+        try:
+            await self.find(parent, name, caller)
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def shows_nothing(self, node: Node, asking: Process) -> bool:
+        """Whether it is a directory in a view that has nothing in it."""
+        return bool(node.path) and not await self._view_rows(node, asking)

@@ -1,0 +1,242 @@
+"""Open control files and open directories."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from nsfs import members
+from nsfs.attribute import (
+    PARENTS,
+    VALUE_MAX,
+    Attribute,
+    Caller,
+    Contents,
+    Directory,
+    OpenFile,
+    Watchers,
+)
+from nsfs.authority import check_mode
+from nsfs.container import Container
+from nsfs.nodes import Nodes, Row
+from nsfs.processes import Process, process_lives, thread_group
+from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
+from nsfs.view import check_write, lives, tag
+
+NOBODY = 65534
+
+
+class Value(OpenFile):
+    """An open control file: a snapshot for whoever reads, a value from whoever writes."""
+
+    def __init__(self, node: Node, token: int, flags: int, caller: Caller, nodes: Nodes) -> None:
+        super().__init__(node.face, token, flags, False)
+        self.node = node
+        self.nodes = nodes
+        self.view = nodes.tables.view(node)
+        self.entry: Attribute = node.entry  # type: ignore[assignment]
+        self.contents: Contents | None = None
+        if self.view is not None and node.path:
+            self.contents = self.face.world.views.opened(self.face, self.view)
+        self.caller = caller
+        self.snapshot = b""
+        self.generation = 0
+        """Of the container, when it was opened to be written."""
+        self.written = b""
+        """The value that the next write goes on with, and where that would be."""
+        self.end = 0
+        self.watchers: Watchers | None = self.entry.watch(self.face) if self.entry.watch else None
+        self.version = self.watchers.version if self.watchers else 0
+        if self.entry.store is not None and flags & os.O_ACCMODE != os.O_RDONLY:
+            # Authority is the opener's, also with the next daemon.
+            self.generation = self.face.container.generation()
+            self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid, self.generation)
+
+    async def _show(self) -> bytes:
+        if self.entry.show is None:
+            raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
+        if self.watchers is not None:
+            self.version = self.watchers.version
+        keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
+        await self._look_again()
+        assert self.entry.show is not None
+        text: Any = self.entry.show(self.face, *keyed)
+        if not isinstance(text, str | bytes):
+            text = await text
+        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+
+    async def _look_again(self) -> None:
+        """See whether what a view showed here is still there: ENODEV when it is not.
+
+        Of what is in a view that is open all the time, show and store will say so.
+        """
+        if self.view is None:
+            return
+        if not self.node.path:
+            if not lives(tag(self.face, self.view)):
+                raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
+            return
+        try:
+            contents = await self.face.world.views.of(self.face, self.view)
+            if contents is self.contents:
+                return
+            # It was closed, having been idle, and is open again.
+            found = (await self.nodes.node(self.node.ino)).entry
+        except FileNotFoundError as error:
+            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
+        if isinstance(found, Attribute):
+            self.entry = found
+            self.contents = contents
+
+    async def read(self, offset: int, size: int, request: int) -> bytes:
+        """A part of the snapshot that the read at offset 0 took."""
+        if not offset or not self.snapshot:
+            self.snapshot = await self._show()
+        return self.snapshot[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes, request: int) -> int:
+        """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
+        one after another."""
+        # Rights are the opener's, what a path leads to is the writer's.
+        caller = replace(self.caller, writer=self.writer)
+        if self.entry.store is None:
+            raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
+        before = self.written if self.entry.lines and offset == self.end else b""
+        self.written, self.end = b"", 0
+        if len(before) + len(data) > VALUE_MAX:
+            raise OSError(errno.E2BIG, "value too long", self.entry.name)
+        value = (before + data).removesuffix(b"\n")
+        if b"\0" in value:
+            raise OSError(errno.EINVAL, "NUL in a value", self.entry.name)
+        container: Container = self.face.container
+        if self.generation != container.generation():
+            # Somebody may have taken it back.
+            number = self.node.ino & NUMBER_MASK
+            check_mode(self.face, self.entry, number, self.caller, os.W_OK)
+        with container.telling_why(self.entry.name):
+            if self.view is not None:
+                await self._look_again()
+                check_write(self.face, self.view, self.caller)
+            result = self.entry.store(self.face, os.fsdecode(value), caller)
+            if result is not None:
+                await result
+        if data.endswith(b"\n"):
+            self.written, self.end = before + data, offset + len(data)
+        return len(data)
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """Readable and writable; POLLPRI and POLLERR when it changed since it was read, as kernfs
+        has it."""
+        ready = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM
+        if self.watchers is None:
+            return ready
+        if notify is not None:
+            self.watchers.add(self, notify)
+        if self.version != self.watchers.version:
+            return ready | select.POLLPRI | select.POLLERR
+        return ready
+
+    def release(self) -> None:
+        """Nobody polls it any more."""
+        if self.watchers is not None:
+            self.watchers.drop(self)
+        self.face.world.opens.drop(self.token)
+
+
+class Listing:
+    """An open directory: what it lists, by offset."""
+
+    __slots__ = ("cookies", "node", "process", "rows")
+
+    def __init__(self, node: Node, process: Process | None) -> None:
+        self.node = node
+        self.process = process
+        self.cookies: list[int] = []
+        self.rows: list[Row] = []
+
+    async def look(self, nodes: Nodes) -> None:
+        """See what the directory has now."""
+        entry = self.node.entry
+        keyed = isinstance(entry, Directory) and entry.member is not None
+        gone = keyed and nodes.removal.all_but_removed(self.node, self.process)
+        self.rows = [] if gone else await nodes.rows(self.node, self.process)
+        self.cookies = [row[0] for row in self.rows]
+        if keyed and self.process is not None:
+            for process in [p for p in nodes.listed if not process_lives(p)]:
+                del nodes.listed[process]
+            seen = nodes.listed.setdefault(self.process, set())
+            seen.update(row[2].ino for row in self.rows)
+
+    def after(self, offset: int) -> list[Row]:
+        """What is listed behind an offset: (offset, name, node)."""
+        return self.rows[bisect_right(self.cookies, offset) :]
+
+
+def _own(nodes: Nodes, node: Node, caller: Caller) -> Node:
+    """What `procs/self` is to that caller."""
+    pid = thread_group(caller.tid)
+    if members.container_of(node.face.container, pid) is None:
+        raise members.no_process("self")
+    key = members.seen_pid(pid, members.level(node.face.viewpoint))
+    return nodes.tables.of(node.face, node.entry, key)
+
+
+def open_file(nodes: Nodes, node: Node, token: int, flags: int, caller: Caller) -> OpenFile:
+    """Open a control file; EINVAL for access that it has no use for."""
+    own = node.ino & NUMBER_MASK == KEYED + SELF
+    if own:
+        node = _own(nodes, node, caller)
+    entry = node.entry
+    if not isinstance(entry, Attribute):
+        raise OSError(errno.EINVAL, "no file", entry.name)
+    access = flags & os.O_ACCMODE
+    if access != os.O_RDONLY:
+        check_writable(node)
+    if entry.stream is not None:
+        return entry.stream(node.face, token, flags, False)
+    # As kernfs_fop_open() has it: what no show or store is for cannot be opened for it, by root
+    # neither.
+    if (access != os.O_WRONLY and entry.show is None) or (
+        access != os.O_RDONLY and entry.store is None and not entry.mode & 0o200
+    ):
+        raise OSError(errno.EINVAL, "not for that", entry.name)
+    view = nodes.tables.view(node)
+    # What has a path was found there a moment ago.
+    if view is not None and not node.path and not lives(tag(node.face, view)):
+        raise FileNotFoundError(errno.ENOENT, "the namespace is dead", entry.name)
+    if own:
+        # The next daemon has to know whose.
+        nodes.world.opens.put(token, caller.uid, caller.gid, caller.tid)
+    return Value(node, token, flags, caller, nodes)
+
+
+def reopen(nodes: Nodes, node: Node, token: int) -> OpenFile:
+    """Make an open file of an earlier daemon again."""
+    entry = node.entry
+    assert isinstance(entry, Attribute)
+    if entry.stream is not None:
+        return entry.stream(node.face, token, 0, True)
+    known = nodes.world.opens.get(token)
+    # That of a file opened only to be read was not kept: it is nobody's to write.
+    caller = Caller(known[2], known[0], known[1]) if known else Caller(0, NOBODY, NOBODY)
+    if known and node.ino & NUMBER_MASK == KEYED + SELF:
+        node = _own(nodes, node, caller)
+    value = Value(node, token, 0, caller, nodes)
+    if known:
+        value.generation = known[3]
+    # What changed while there was no daemon is told, even if that was nothing.
+    value.version = -1
+    return value
+
+
+def check_writable(node: Node) -> None:
+    """EACCES inside for what is the parent's to change."""
+    # Inside, root has CAP_DAC_OVERRIDE over files that are its own: the mode alone does not
+    # stop it.
+    if node.face.inner and PARENTS in node.entry.flags:
+        raise PermissionError(errno.EACCES, "it is the parent's to change", node.entry.name)
