@@ -38,6 +38,7 @@ from nsfs.container import Container, Face
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
 from nsfs.nodes import Nodes
 from nsfs.openfile import Listing, check_writable, open_file, reopen
+from nsfs.rebuild import give
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Node, ino
 from nsfs.view import check_write
 from nsfs.world import World
@@ -258,7 +259,7 @@ class Operations(pyfuse3.Operations):
         gid = attr.st_gid if fields.update_gid else -1
         if node.entry is self.tables.root:
             with container.telling_why("chown"):
-                await lifecycle.give(container, mode, uid, gid)
+                await give(container, mode, uid, gid)
         else:
             old = container.overrides.get(number, (-1, -1, -1))
             new = (mode, uid, gid)

@@ -24,6 +24,7 @@ import trio
 
 from nsfs import lifecycle
 from nsfs.attribute import Caller
+from nsfs.construct import construct
 from nsfs.container import Build, Container, Phase
 from nsfs.world import World
 
@@ -109,7 +110,7 @@ class Spares:
         each = world.new_container(world.root, build)
         each.phase = Phase.SPARE
         try:
-            await lifecycle.construct(each)
+            await construct(each)
         except BaseException as error:
             lifecycle.undo(each)
             if not isinstance(error, OSError):

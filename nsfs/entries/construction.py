@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from nsfs import idmap, lifecycle, limits, namespaces
+from nsfs import idmap, limits, namespaces
 from nsfs.attribute import (
     NOT_ON_ROOT,
     PARENTS,
@@ -45,6 +45,8 @@ from nsfs.config import BIND_MODES, NETWORKS
 from nsfs.container import ORIGINS, Face, Origin
 from nsfs.entries import loglimits
 from nsfs.limits import Limits
+from nsfs.rebind import rebind
+from nsfs.rebuild import rebuild
 
 OF_LINES = ("binds", "idmap", "limits")
 
@@ -188,9 +190,9 @@ def _own(name: str) -> Attribute:
         await _check_view(name, changes, face, caller)
         changed = dataclasses.replace(container.build, **changes)
         if changed.binds != container.build.binds:
-            await lifecycle.rebind(container, changed)
+            await rebind(container, changed)
         elif changed != container.build:
-            await lifecycle.rebuild(container, changed)
+            await rebuild(container, changed)
 
     return Attribute(
         name, show=show, store=store, flags=NOT_ON_ROOT | PARENTS, lines=name in OF_LINES

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import errno
 
-from nsfs import lifecycle, members, namespaces, pods
+from nsfs import members, namespaces, pods
 from nsfs.attribute import PARENTS, Attribute, Caller, Directory, Link, lines
 from nsfs.container import Container, Face
+from nsfs.rebuild import rebuild
 
 
 def namespaces_show(face: Face) -> str:
@@ -50,7 +51,7 @@ async def namespaces_store(face: Face, value: str, caller: Caller) -> None:
         raise PermissionError(errno.EPERM, "the host has all of its own", "namespaces")
     build = pods.parse(face, value, caller)
     if build != container.build:
-        await lifecycle.rebuild(container, build)
+        await rebuild(container, build)
 
 
 def _target(kind: str) -> Link:

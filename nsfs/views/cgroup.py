@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import functools
 
-from nsfs import lifecycle
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Flags, TagType, Watchers
 from nsfs.cgroup import Group
 from nsfs.container import Container, Face
+from nsfs.grouplimits import limit
 from nsfs.limits import DEVICES, NAMES
 
 NOTIFYING = ("memory.events", "pids.events")
@@ -48,7 +48,7 @@ async def _limit_store(name: str, face: Face, value: str, caller: Caller) -> Non
     container = face.container
     container.check_alive()
     lines = value.splitlines() if name in DEVICES and value else [value]
-    await lifecycle.limit(container, name, lines)
+    await limit(container, name, lines)
 
 
 def _watch(name: str, face: Face) -> Watchers:

@@ -13,9 +13,10 @@ import dataclasses
 import errno
 import os
 
-from nsfs import lifecycle, members
+from nsfs import members
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Link, TagType, invalid
 from nsfs.container import Face
+from nsfs.rebuild import rebuild
 from nsfs.view import in_thread, tag
 
 
@@ -58,7 +59,7 @@ async def propagation_store(face: Face, value: str, caller: Caller) -> None:
     if container.parent is None or not container.own("mnt"):
         raise OSError(errno.EOPNOTSUPP, "no mount namespace of its own", container.name)
     if value != container.build.propagation:
-        await lifecycle.rebuild(container, dataclasses.replace(container.build, propagation=value))
+        await rebuild(container, dataclasses.replace(container.build, propagation=value))
 
 
 VIEW = TagType(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-from nsfs import lifecycle
 from nsfs.attribute import PARENTS, Attribute, Caller, TagType, invalid, parse_int
 from nsfs.container import Container, Face
+from nsfs.rebuild import rebuild
 from nsfs.view import tag
 
 CLOCKS = ("monotonic", "boottime")
@@ -54,7 +54,7 @@ def _clock(index: int) -> Attribute:
         clocks = (wanted, both[1]) if index == 0 else (both[0], wanted)
         if clocks != both:
             build = dataclasses.replace(container.build, clocks=clocks)
-            await lifecycle.rebuild(container, build)
+            await rebuild(container, build)
 
     return Attribute(CLOCKS[index], show=show, store=store, flags=PARENTS)
 

@@ -29,7 +29,7 @@ class World:
         self.made_at: list[float] = []
         self.removed: list[Any] = []
         self.fails: OSError | None = None
-        monkeypatch.setattr(lifecycle, "construct", self.construct)
+        monkeypatch.setattr(spare, "construct", self.construct)
         monkeypatch.setattr(lifecycle, "undo", self.removed.append)
 
     def new_container(self, parent: Any, build: Build) -> Any:
