@@ -35,8 +35,10 @@ from nsfs import cgroup, idmap, kernfs, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
+from nsfs.init import Init
 from nsfs.processes import thread_group
-from nsfs.spawner import CLONE_NEW, LIBEXEC, STEPS, Init
+from nsfs.protocol import STEPS
+from nsfs.spawner import CLONE_NEW, LIBEXEC
 from nsfs.tree import SELF
 from nsfs.world import World
 

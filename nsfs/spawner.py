@@ -1,4 +1,4 @@
-"""Client of the two C programs: the spawner, which makes containers, and the init of each.
+"""Client of the spawner, which makes containers; that of their inits is `init`.
 
 Messages are those of csrc/protocol.h.  Errors are OSError with the errno that the system call gave
 and, as strerror, the words for the step that failed.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import trio
+
+from nsfs.init import Init
+from nsfs.protocol import failure, rights
 
 LIBEXEC = Path(__file__).parent / "libexec"
 
@@ -36,9 +38,6 @@ CLONE_NEW = {
 _REQUEST = struct.Struct("=QIIIIiiIIIIIIQII")
 _EXTENT = struct.Struct("=III")
 _REPLY = struct.Struct("=QiIiI128s")
-_INIT_REQUEST = struct.Struct("=IIQIIIIII")
-_INIT_REPLY = struct.Struct("=IiIi")
-_UCRED = struct.Struct("=iII")
 _MESSAGE_MAX = 65536
 _SOCKET_FD = 3
 _BINDS_MAX = 64
@@ -50,52 +49,10 @@ _SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW, _LOG = 10, 11, 12, 13, 14
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
 SYSLOG_FD = 7
 """INIT_SYSLOG_FD."""
-# enum init_op, enum init_flag, enum init_reply_op
-_EXEC, _WAIT, _PROVE, _GIVE, _REVOKE = 1, 2, 3, 5, 6
-_KEEP_STATUS, _TERMINAL, _SAME_SESSION = 1, 2, 4
-_STARTED, _FAILED, _EXITED = 1, 2, 3
 
 FEATURES = {1: "idmapped_root", 2: "remapped_root"}
 """What the spawner found out by trying: whether the host's root filesystem can be shown without
 IDs, and whether a root that has an idmap can (then no socket in it can be connected to)."""
-
-STEPS = (
-    "",
-    "bad request",
-    "out of memory or descriptors",
-    "clone: a limit of processes, namespaces or the cgroup",
-    "joining the parent's namespaces",
-    "the parent's user namespace does not map the owner",
-    "writing the ID maps",
-    "joining the cgroups",
-    "the root filesystem's tree",
-    "idmapping the root filesystem",
-    "the files of the mount",
-    "mounting /proc, /sys, /dev and private directories",
-    "binds",
-    "pivot_root",
-    "becoming root inside",
-    "setting the hostname",
-    "the network namespace",
-    "exec",
-    "the deadline",
-    "it was killed",
-    "no such process",
-    "the path",
-    "the output file",
-    "standard descriptors",
-    "the working directory",
-    "the terminal",
-    "the clocks",
-    "the seccomp filter",
-    "the path leads somewhere else for whoever wrote it",
-)
-"""Words for enum step."""
-
-
-def _error(number: int, step: int) -> OSError:
-    words = STEPS[step] if step < len(STEPS) else f"step {step}"
-    return OSError(-number, f"{words}: {os.strerror(-number)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,17 +293,17 @@ class Spawner:
         if error:
             if fd is not None:
                 os.close(fd)
-            raise _error(error, step)
+            raise failure(error, step)
         return pid, value, os.fsdecode(text.rstrip(b"\0")), fd
 
     async def _send(self, message: bytes, fds: Sequence[int]) -> None:
         # At once where there is room, as there always is but in a storm: trio would first see what
         # else is to be done.  A packet is whole, and in what order they come is all the same.
         try:
-            self._plain.sendmsg([message], _rights(fds))
+            self._plain.sendmsg([message], rights(fds))
         except BlockingIOError:
             async with self._send_lock:
-                await self._socket.sendmsg([message], _rights(fds))
+                await self._socket.sendmsg([message], rights(fds))
 
     # --- containers ---
 
@@ -521,194 +478,6 @@ class Spawner:
         return frozenset(name for bit, name in FEATURES.items() if value & bit)
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command that was started in a container."""
-
-    pid: int
-    """The host's."""
-    token: int
-    init: Init
-
-    async def wait(self) -> int:
-        """How it ended, as os.waitstatus_to_exitcode() has it; can be asked once."""
-        return await self.init.wait(self.token)
-
-
-LOOK_S = 0.01
-"""How often it is looked whether an init that does not answer is suspended."""
-_STARTED_SIZES = (_INIT_REPLY.size, socket.CMSG_SPACE(_UCRED.size))
-_PROVE_REQUEST = _INIT_REQUEST.pack(_PROVE, 0, 0, 0, 0, 0, 0, 0, 0)
-_GIVE_REQUEST = _INIT_REQUEST.pack(_GIVE, 0, 0, 0, 0, 0, 0, 0, 0)
-_REVOKE_REQUEST = _INIT_REQUEST.pack(_REVOKE, 0, 0, 0, 0, 0, 0, 0, 0)
-
-
-class Init:
-    """The init of a container; each request is a connection of its own, so none is kept."""
-
-    def __init__(self, socket_path: str) -> None:
-        self.socket_path = socket_path
-
-    async def execute(
-        self,
-        argv: Sequence[str],
-        env: Sequence[str],
-        fds: Sequence[int],
-        *,
-        cwd: str = "/",
-        uid: int = 0,
-        gid: int = 0,
-        groups: Sequence[int] = (),
-        terminal: bool = False,
-        new_session: bool = True,
-        keep_status: bool = True,
-        suspended: Callable[[], bool] = lambda: False,
-    ) -> Command:
-        """Start a command whose descriptors 0, 1, ... are `fds`; it has no other.
-
-        `env` is of the form NAME=VALUE, its PATH finds the program; IDs are the container's; with
-        `terminal` descriptor 0 becomes the controlling terminal.  EBUSY when `suspended` comes true
-        before it was started: it will not be.  After that nothing more is waited for.
-        """
-        if not argv or any("\0" in word for word in (*argv, *env, cwd)):
-            raise OSError(errno.EINVAL, "no command, or a NUL in it")
-        token = secrets.randbits(63) + 1
-        flags = (
-            (_KEEP_STATUS if keep_status else 0)
-            | (_TERMINAL if terminal else 0)
-            | (0 if new_session else _SAME_SESSION)
-        )
-        message = b"".join(
-            (
-                _INIT_REQUEST.pack(
-                    _EXEC, flags, token, uid, gid, len(groups), len(argv), len(env), 0
-                ),
-                *(group.to_bytes(4, "little") for group in groups),
-                *(os.fsencode(string) + b"\0" for string in (cwd, *argv, *env)),
-            )
-        )
-        with await self._connect(suspended) as sock:
-            # Who sends, by the kernel's word and in our numbers.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            try:
-                await sock.sendmsg([message], _rights(fds))
-            except OSError as error:
-                if error.errno == errno.EMSGSIZE:
-                    raise OSError(errno.E2BIG, "arguments and environment are too long") from error
-                if isinstance(error, ConnectionError):
-                    raise OSError(errno.ENODEV, "the container is dead") from error
-                raise
-            pid = 0
-            while True:
-                data = b""
-                control: list[tuple[int, int, bytes]] = []
-                given_up = False
-                with contextlib.suppress(ConnectionResetError), trio.move_on_after(LOOK_S) as scope:
-                    data, control, _, _ = await sock.recvmsg(*_STARTED_SIZES)
-                if scope.cancelled_caught:
-                    if not suspended():
-                        continue
-                    if pid:
-                        return Command(pid, token, self)
-                    # From here on it cannot tell that it begins, and so does not; unless it has.
-                    sock.shutdown(socket.SHUT_RD)
-                    given_up = True
-                    # At once: what came before, or the end-of-file.
-                    data, control, _, _ = await sock.recvmsg(*_STARTED_SIZES)
-                if not data and given_up:
-                    raise OSError(errno.EBUSY, "the container is frozen")
-                if not data and not pid:
-                    raise OSError(errno.ENODEV, "the container is dead")
-                if not data:
-                    # Its copy of the connection was closed by exec.
-                    return Command(pid, token, self)
-                op, number, step, _ = _INIT_REPLY.unpack(data)
-                if op == _FAILED:
-                    raise _error(number, step)
-                for level, kind, payload in control:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                        pid = _UCRED.unpack(payload)[0]
-
-    async def wait(self, token: int) -> int:
-        """Wait for a command's end; ProcessLookupError for one that is not known (any more)."""
-        with await self._connect() as sock:
-            try:
-                await sock.sendmsg([_INIT_REQUEST.pack(_WAIT, 0, token, 0, 0, 0, 0, 0, 0)])
-                data = await sock.recv(_INIT_REPLY.size)
-            except ConnectionError:
-                data = b""
-        if not data:
-            raise OSError(errno.ENODEV, "the container is dead")
-        op, number, step, status = _INIT_REPLY.unpack(data)
-        if op == _FAILED:
-            raise _error(number, step)
-        return os.waitstatus_to_exitcode(status)
-
-    async def hand_over(self, proven: bool = False) -> socket.socket:
-        """A connection to be given to a session program: one command is taken from it, unless
-        `revoke` came before; without `proven` only when the kernel vouches for the sender as one
-        who may be the container's root."""
-        given = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        try:
-            with _short(self.socket_path) as path:
-                while True:
-                    try:
-                        given.connect(path)
-                        break
-                    except BlockingIOError:
-                        await trio.sleep(0.01)
-                    except (ConnectionRefusedError, FileNotFoundError) as error:
-                        raise OSError(errno.ENODEV, "the container is dead") from error
-            given.send(_GIVE_REQUEST if proven else _PROVE_REQUEST)
-            given.setblocking(True)
-        except BaseException:
-            given.close()
-            raise
-        return given
-
-    async def revoke(self) -> None:
-        """Close the connections that were handed over and have not been used."""
-        with await self._connect() as sock, contextlib.suppress(ConnectionError):
-            await sock.sendmsg([_REVOKE_REQUEST])
-            # It closes this one as well, when it is done.
-            await sock.recv(1)
-
-    async def _connect(
-        self, suspended: Callable[[], bool] = lambda: False
-    ) -> trio.socket.SocketType:
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with _short(self.socket_path) as path:
-                while True:
-                    try:
-                        await sock.connect(path)
-                        return sock
-                    except BlockingIOError:
-                        # More wait already than its backlog holds.
-                        if suspended():
-                            raise OSError(errno.EBUSY, "the container is frozen") from None
-                        await trio.sleep(LOOK_S)
-                    except (ConnectionRefusedError, FileNotFoundError) as error:
-                        raise OSError(errno.ENODEV, "the container is dead") from error
-        except BaseException:
-            sock.close()
-            raise
-
-
-@contextlib.contextmanager
-def _short(path: str) -> Iterator[str]:
-    """The same path with at most 107 bytes, as unix(7) wants it."""
-    if len(os.fsencode(path)) < 108:
-        yield path
-        return
-    directory, name = os.path.split(path)
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
-
-
 def _owner(recipe: Recipe) -> tuple[int, int]:
     """Whose the user namespace is to be: the parent's root when the owner has no ID in the parent.
 
@@ -734,12 +503,6 @@ def _mapped(pid: int, file: str, wanted: int) -> int:
     except FileNotFoundError as error:
         raise ProcessLookupError(errno.ESRCH, "the parent is dead") from error
     return root
-
-
-def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
-    if not fds:
-        return []
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
 
 
 def _fd(reply: tuple[int, int, str, int | None]) -> int:

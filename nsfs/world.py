@@ -32,12 +32,13 @@ from nsfs.container import (
     Origin,
     Phase,
 )
+from nsfs.init import Init
 from nsfs.logring import LogRing
 from nsfs.logstream import Log
 from nsfs.network import Addresses
 from nsfs.notices import Notices
 from nsfs.processes import process_lives
-from nsfs.spawner import Init, Spawner
+from nsfs.spawner import Spawner
 from nsfs.store import Slots, Store, map_file
 from nsfs.syscalls import Inotify
 from nsfs.tree import FACE_SHIFT, Marks

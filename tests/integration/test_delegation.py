@@ -480,7 +480,7 @@ def offered(container: Path) -> list[int]:
 
 
 def test_what_was_handed_over_is_taken_back(tree: Path, alice: Container) -> None:
-    from nsfs.spawner import _EXEC, _INIT_REQUEST  # type: ignore[attr-defined]
+    from nsfs.init import _EXEC, _INIT_REQUEST  # type: ignore[attr-defined]
 
     alice.start("sleep", "1000")
     request = _INIT_REQUEST.pack(_EXEC, 0, 1, 0, 0, 0, 2, 0, 0) + b"/\0sleep\0001000\0"

@@ -28,7 +28,8 @@ from typing import Any
 import pytest
 import trio
 
-from nsfs.spawner import CLONE_NEW, Command, Init, Recipe, Spawner
+from nsfs.init import Command, Init
+from nsfs.spawner import CLONE_NEW, Recipe, Spawner
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

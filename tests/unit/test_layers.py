@@ -24,6 +24,8 @@ LAYERS = (
     ("trees", "ids", "grouplimits"),
     ("container", "authority", "discovery"),
     ("tree", "attribute", "logring", "namespaces", "spawner"),
+    ("init",),
+    ("protocol",),
     ("syscalls",),
     ("_syscalls",),
 )
