@@ -18,7 +18,8 @@ import trio
 
 from nsfs import idmap
 from nsfs.attribute import Caller, Entry
-from nsfs.container import Build, Container, Face, Origin, Phase
+from nsfs.build import Build, Origin
+from nsfs.container import Container, Face, Phase
 
 if TYPE_CHECKING:
     from nsfs.world import World

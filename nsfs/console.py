@@ -27,7 +27,8 @@ import trio
 
 from nsfs import namespaces
 from nsfs.attribute import one_line
-from nsfs.container import NO_CONSOLE, ROOT, Console, Container, Phase
+from nsfs.build import NO_CONSOLE, Console
+from nsfs.container import ROOT, Container, Phase
 from nsfs.logring import ECHO, LogRing, Overrun, Record, escape
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from nsfs import namespaces, pods
 from nsfs.authority import check_mapped, namespace_owner, rootfs_map
-from nsfs.container import Build, Container, Phase, overflow_hostname
+from nsfs.build import Build
+from nsfs.container import Container, Phase, overflow_hostname
 from nsfs.grouplimits import set_limits
 from nsfs.ids import give_ids, map_in_parent
 from nsfs.network import connect as connected

@@ -18,15 +18,9 @@ import trio
 from nsfs import cgroup, loglimits, pods
 from nsfs.attribute import Caller
 from nsfs.authority import check_number
+from nsfs.build import Build
 from nsfs.construct import begin_running, connect, construct, give_address
-from nsfs.container import (
-    Build,
-    Container,
-    Phase,
-    check_name,
-    overflow_hostname,
-    reserved,
-)
+from nsfs.container import Container, Phase, check_name, overflow_hostname, reserved
 from nsfs.grouplimits import lift_io
 from nsfs.limits import find
 from nsfs.rebind import undo_binding

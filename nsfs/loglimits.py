@@ -11,7 +11,8 @@ import os
 from typing import Any
 
 from nsfs.attribute import flat_keyed, invalid, out_of_range
-from nsfs.container import Container, LogLimits
+from nsfs.build import LogLimits
+from nsfs.container import Container
 from nsfs.logring import Limit
 from nsfs.logstream import Log
 from nsfs.store import map_new

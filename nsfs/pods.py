@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from nsfs import console, namespaces
 from nsfs.attribute import Caller, invalid
 from nsfs.authority import check_mode
-from nsfs.container import Build, Container, Face, Phase
+from nsfs.build import Build
+from nsfs.container import Container, Face, Phase
 
 SHARED = ("ipc", "net", "pid", "time", "uts", namespaces.SYSLOG)
 """What can be shared so.  The others follow from where a container is: its IDs, its groups, and the

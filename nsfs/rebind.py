@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import trio
 
-from nsfs.container import Build, Container
+from nsfs.build import Build
+from nsfs.container import Container
 from nsfs.trees import Trees, map_binds, open_trees, read_only
 
 log = logging.getLogger(__name__)

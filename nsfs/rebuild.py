@@ -9,8 +9,9 @@ import trio
 
 from nsfs import console, idmap, pods
 from nsfs.authority import namespace_owner
+from nsfs.build import Build
 from nsfs.construct import begin_running, connect, give_address, make_groups, start
-from nsfs.container import Build, Container, Phase
+from nsfs.container import Container, Phase
 from nsfs.grouplimits import set_limits
 from nsfs.ids import give_ids
 from nsfs.trees import Trees, open_trees

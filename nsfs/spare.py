@@ -24,8 +24,9 @@ import trio
 
 from nsfs import lifecycle
 from nsfs.attribute import Caller
+from nsfs.build import Build
 from nsfs.construct import construct
-from nsfs.container import Build, Container, Phase
+from nsfs.container import Container, Phase
 from nsfs.world import World
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, field
 
 from nsfs.authority import check_mapped, check_rootfs, check_tree, rootfs_map
-from nsfs.container import Build, Container
+from nsfs.build import Build
+from nsfs.container import Container
 
 
 @dataclass

@@ -20,18 +20,11 @@ import trio
 
 from nsfs import idmap, loglimits, pods
 from nsfs.attribute import Caller
+from nsfs.build import BUILD_FIELDS, Build, Origin
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
-from nsfs.container import (
-    BUILD_FIELDS,
-    ROOT,
-    Build,
-    Container,
-    Face,
-    Origin,
-    Phase,
-)
+from nsfs.container import ROOT, Container, Face, Phase
 from nsfs.init import Init
 from nsfs.logring import LogRing
 from nsfs.logstream import Log

@@ -25,8 +25,9 @@ from nsfs.attribute import (
     parse_int,
     unescape,
 )
+from nsfs.build import NO_CONSOLE, Console, Origin
 from nsfs.console import LEVEL_MAX, LEVEL_MIN, set_console
-from nsfs.container import NO_CONSOLE, Console, Face, Origin
+from nsfs.container import Face
 
 
 def console_show(face: Face) -> str:

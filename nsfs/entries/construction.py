@@ -41,8 +41,9 @@ from nsfs.attribute import (
     parse_words,
     unescape,
 )
+from nsfs.build import ORIGINS, Origin
 from nsfs.config import BIND_MODES, NETWORKS
-from nsfs.container import ORIGINS, Face, Origin
+from nsfs.container import Face
 from nsfs.entries import loglimits
 from nsfs.limits import Limits
 from nsfs.rebind import rebind

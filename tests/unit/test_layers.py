@@ -23,6 +23,7 @@ LAYERS = (
     ("construct",),
     ("trees", "ids", "grouplimits"),
     ("container", "authority", "discovery"),
+    ("build",),
     ("tree", "attribute", "logring", "namespaces", "spawner"),
     ("init",),
     ("protocol",),

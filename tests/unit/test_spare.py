@@ -11,7 +11,8 @@ import trio.testing
 
 from nsfs import lifecycle, spare
 from nsfs.attribute import Caller
-from nsfs.container import Build, Phase
+from nsfs.build import Build
+from nsfs.container import Phase
 from nsfs.idmap import Ranges
 from nsfs.spare import AGE_S, QUIET_S, Spares
 
