@@ -120,6 +120,11 @@ def do_mount(args: argparse.Namespace) -> int:
             known.take_down(directory)
     if graft.served(directory) is not None and not adopted:
         raise Refused(f"a tree is served at {directory} already: nsfs status tells more")
+    if known.supervisor():
+        raise Refused(
+            f"another instance is using {run_dir}, elsewhere or in another mount namespace: "
+            "choose another --run-dir"
+        )
     unmount: list[str] = []
     if adopted:
         command = known.adopting(foreground=args.foreground)

@@ -171,6 +171,17 @@ def test_one_that_somebody_started_is_started_by_that(tmp_path: Path) -> None:
             instance.umount()
 
 
+def test_a_run_directory_is_for_one_instance(instance: Instance, tmp_path: Path) -> None:
+    before = (instance.run_dir / "command").read_text()
+    (tmp_path / "other").mkdir()
+    done = instance.command(
+        "mount", str(tmp_path / "other"), "--run-dir", str(instance.run_dir), check=False
+    )
+    assert done.returncode == 1
+    assert f"another instance is using {instance.run_dir}" in done.stderr
+    assert (instance.run_dir / "command").read_text() == before
+
+
 def test_a_daemon_that_hangs(
     instance: Instance, web: Container, nsfs: Callable[..., tuple[int, str, str]]
 ) -> None:
