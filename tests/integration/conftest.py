@@ -7,6 +7,7 @@ serves a module; every test is to leave it without containers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -208,6 +209,18 @@ class Container:
         body = text.split(f"{mark}-begin\n", 1)[1]
         output, _, rest = body.rpartition(f"{mark}-end ")
         return int(rest.split()[0]), output
+
+
+def fails(number: int) -> Any:
+    """To be entered: what is done in it fails with that errno."""
+    return pytest.raises(OSError, match=rf"\[Errno {number}\]")
+
+
+def refused(number: int, function: Callable[..., object], *args: object) -> None:
+    """It fails with that errno."""
+    with pytest.raises(OSError, match=r".") as caught:
+        function(*args)
+    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def write(path: Path, value: str) -> None:

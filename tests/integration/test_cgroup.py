@@ -18,7 +18,7 @@ import pytest
 from nsfs import limits
 from nsfs.cgroup import Group, Hierarchies
 
-from .conftest import NSFS, Container, Instance, serving, wait_until
+from .conftest import NSFS, Container, Instance, refused, serving, wait_until
 
 HIERARCHIES = Hierarchies.detect()
 HOG = "head -c 100000000 /dev/zero | tail -c 90000000 > /dev/null"
@@ -46,13 +46,6 @@ def by_v1(name: str) -> bool:
 def keyed(text: str) -> dict[str, int]:
     """Flat-keyed numbers."""
     return {key: int(value) for key, value in (line.split() for line in text.splitlines())}
-
-
-def refused(number: int, function: Callable[..., object], *args: object) -> None:
-    """It fails with that errno."""
-    with pytest.raises(OSError, match="Errno") as caught:
-        function(*args)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def group_of(container: Container) -> str:

@@ -10,12 +10,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until, write
+from .conftest import Container, Instance, refused, wait_until, write
 
 TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 BUSYBOX = shutil.which("busybox")
@@ -24,12 +24,6 @@ AS_NOBODY = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     *("sh", "-c", 'exec "$0" "$@"'),
 ]
-
-
-def refused(number: int, function: Callable[..., object], *args: object) -> None:
-    with pytest.raises(OSError, match=r".") as caught:
-        function(*args)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def namespaces_of(pid: int | str) -> dict[str, int]:

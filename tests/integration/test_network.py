@@ -24,6 +24,7 @@ from tests.integration.conftest import (
     NSFS,
     Container,
     Instance,
+    fails,
     wait_until,
     write,
 )
@@ -91,10 +92,6 @@ def interfaces(container: Path | Container) -> set[str]:
     """The interfaces that are listed."""
     path = container.path if isinstance(container, Container) else container
     return set(os.listdir(path / "net")) - {"routes", "sysctl"}
-
-
-def fails(number: int) -> object:
-    return pytest.raises(OSError, match=rf"\[Errno {number}\]")
 
 
 def ip(container: Container, *words: str) -> str:

@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Container, Instance, wait_until
-
-
-def fails(number: int) -> object:
-    return pytest.raises(OSError, match=rf"\[Errno {number}\]")
+from tests.integration.conftest import Container, Instance, fails, wait_until
 
 
 @pytest.fixture

@@ -16,16 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until, write
+from .conftest import Container, Instance, refused, wait_until, write
 
 TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-
-
-def refused(number: int, function: object, *args: object) -> None:
-    assert callable(function)
-    with pytest.raises(OSError, match=r".") as caught:
-        function(*args)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def namespaces_of(pid: int) -> dict[str, int]:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import DEADLINE_S, Container, Instance, serving, wait_until, write
+from tests.integration.conftest import (
+    DEADLINE_S,
+    Container,
+    Instance,
+    fails,
+    serving,
+    wait_until,
+    write,
+)
 
 
 def shell(script: str) -> str:
@@ -19,10 +27,6 @@ def shell(script: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def fails(number: int) -> object:
-    return pytest.raises(OSError, match=rf"\[Errno {number}\]")
 
 
 def test_net_is_the_kernels_own_of_that_namespace(web: Container) -> None:
