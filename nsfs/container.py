@@ -172,6 +172,8 @@ class Container:
     nflog: tuple[int, ...] = ()
     """NFLOG groups whose packets are lines of its log."""
     console: Console = NO_CONSOLE
+    inherited_log: int = 0
+    """The ID of its syslog namespace, if that was made with another container; else 0."""
     log_limits: LogLimits | None = None
     """None: what the configuration says."""
     children: dict[str, Container] = field(default_factory=dict)
@@ -358,6 +360,12 @@ class Container:
         return owner.own_log
 
     @property
+    def log_number(self) -> int:
+        """The ID of the syslog namespace that it holds: the number of the container that this was
+        made with, whoever holds it now."""
+        return self.inherited_log or self.number
+
+    @property
     def console_level(self) -> int:
         """console_loglevel of its kernel log, as syslog(2) sets it: 1 to 8.
 
@@ -415,6 +423,7 @@ class Container:
                 "binding": self.binding,
                 "console": self.console,
                 "log_limits": self.log_limits,
+                "inherited_log": self.inherited_log,
                 "faces": self.faces,
                 "pins": self.pins,
                 "past": self.group.past,
@@ -471,6 +480,7 @@ class Container:
         self.log_limits = LogLimits(*limits) if limits else None
         self.pins = [(v, p) for v, p in record["pins"]]
         self.group.past = record.get("past", {})
+        self.inherited_log = record.get("inherited_log", 0)
         self.address = record.get("address", "")
         self.ends = [(n, i) for n, i in record.get("ends", ())]
         self.faces = {int(k): v for k, v in record["faces"].items()}

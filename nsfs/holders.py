@@ -77,10 +77,15 @@ class Holders:
     # --- coming and going ---
 
     async def add(self, container: Container) -> None:
-        """A container runs."""
+        """A container runs, or has died: then it has no namespaces any more.
+
+        Marks are made in its network namespace from now on, not only when there is a LOG rule: its
+        root can add one at any moment, what nf_tables tells of that it tells after the commit, and
+        of iptables-legacy nothing tells.  So the first line would be missed.
+        """
         with contextlib.suppress(FileNotFoundError):
             self._groups[os.stat(container.group.payload).st_ino] = container
-        if container.own("net"):
+        if container.own("net") and container.init_pid:
             await self._attach(f"/proc/{container.init_pid}/ns/net", container)
 
     async def remove(self, container: Container) -> None:

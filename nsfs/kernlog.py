@@ -111,9 +111,11 @@ class Router:
                 if not came:
                     self._packets.cancel(container)
                     await holders.remove(container)
-                elif container.phase is Phase.RUNNING:
+                elif container.phase in (Phase.RUNNING, Phase.DEAD):
+                    # Of a dead one, what its processes printed may still be on its way.
                     await holders.add(container)
-                    await self._packets.resume(container)
+                    if container.init_pid:
+                        await self._packets.resume(container)
             except (OSError, trio.ClosedResourceError, trio.BrokenResourceError) as error:
                 # It may have ended already; or nsfs-marker has, and the next one is told anew.
                 log.debug("network of %s: %s", container.name, error)

@@ -48,6 +48,10 @@ def joins(container: Container) -> Iterator[tuple[int | str, str]]:
 def hand_over(container: Container) -> None:
     """A container has ended: what it held and others are in is the oldest one's of these now."""
     world = container.world
+    if container.phase is Phase.DEAD:
+        # Its init has died: what it held is let go of before another is told to hold it.
+        for tell in world.inherited:
+            tell(container)
     heirs: dict[str, Container] = {}
     for each in sharers(container):
         left = []
@@ -58,12 +62,17 @@ def hand_over(container: Container) -> None:
                 left.append((kind, heirs[kind].number))
             else:
                 heirs[kind] = each
+                if kind == namespaces.SYSLOG:
+                    each.inherited_log = container.log_number
         each.build = dataclasses.replace(each.build, shared=tuple(left))
         each.save()
     for kind, heir in heirs.items():
         if kind == namespaces.SYSLOG:
             world.store.move_log(container.number, heir.number)
             heir.own_log, container.own_log = container.own_log, None
+            # Built anew it would have another one.
+            container.inherited_log = world.store.number()
+            container.save()
             console.inherit(heir, container)
         if kind == "net":
             # The interfaces and their addresses stay.

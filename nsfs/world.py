@@ -129,7 +129,8 @@ class World:
         self.ended: list[Callable[[Container], None]] = []
         """When it does not any more."""
         self.inherited: list[Callable[[Container], None]] = []
-        """When it holds a namespace that another one held."""
+        """When it holds a namespace that another one held, or its init has died and it holds none
+        any more."""
         self.listen: Callable[[Container, int, int], None] = lambda *_: None
         """Answer the calls of syslog(2) of a process, and its children, that has entered a
         container in part; the listener is a descriptor of the caller's."""

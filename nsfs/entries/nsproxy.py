@@ -28,7 +28,9 @@ def namespaces_show(face: Face) -> str:
         holder = container.holder(kind)
         where = "own" if holder is container else _path(face, holder)
         try:
-            ident = holder.number if kind == namespaces.SYSLOG else namespaces.identity(pid, kind)
+            ident = (
+                holder.log_number if kind == namespaces.SYSLOG else namespaces.identity(pid, kind)
+            )
         except FileNotFoundError as error:
             raise OSError(errno.ENODEV, "the container is dead", container.name) from error
         rows.append(f"{kind} {ident} {where}")

@@ -273,9 +273,13 @@ def test_a_prefix_that_says_something_else(
         assert not kernel(pair[0])
 
 
-def test_a_namespace_that_a_member_made(exact: Instance, pair: tuple[Container, Container]) -> None:
+@pytest.mark.parametrize("how", ["-n", "-rn", "-r --fork unshare -rn"])
+def test_a_namespace_that_a_member_made(
+    exact: Instance, pair: tuple[Container, Container], how: str
+) -> None:
+    """Its own, or one of a user namespace nested in the container's."""
     a, b = pair
-    a.start("unshare", "-n", "sleep", "300")
+    a.start("unshare", *how.split(), "sleep", "300")
     own = Path(f"/proc/{a.init}/ns/net").stat().st_ino
 
     def made() -> int:
@@ -296,6 +300,177 @@ def test_a_namespace_that_a_member_made(exact: Instance, pair: tuple[Container, 
     assert sender(pid, "127.0.0.1", 5000, 5, 0.01).wait(DEADLINE_S) == 0
     assert settle(exact, a, 5) == {"made": 5}
     assert not kernel(b)
+
+
+# --- what may deceive ---
+
+LO = "ip link set lo up; iptables -A OUTPUT -p udp -j LOG --log-prefix {}:\\ "
+"""Equal addresses, equal names of interfaces."""
+
+
+def sends(pid: int, count: int = 5) -> None:
+    """Equal packets, whoever sends them."""
+    assert sender(pid, "127.0.0.1", 5000, count, 0.0).wait(DEADLINE_S) == 0
+
+
+def links(instance: Instance) -> int:
+    """To how many hooks the kernel has programs of this instance attached."""
+    (marker,) = [
+        entry
+        for entry in Path(f"/proc/{instance.daemon()}/task").glob("*/children")
+        for entry in entry.read_text().split()
+        if Path(f"/proc/{entry}/comm").read_text() == "nsfs-marker\n"
+    ]
+    found = 0
+    for entry in Path(f"/proc/{marker}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += "hooknum:" in entry.read_text()
+    return found
+
+
+def test_where_marks_are_made(exact: Instance, pair: tuple[Container, Container]) -> None:
+    """Five hooks of two families of each namespace of a container, once; nowhere else."""
+    a, b = pair
+    assert links(exact) == 20
+    (a / "nested").mkdir()
+    attached(exact, 3)
+    assert links(exact) == 30
+    Container(a / "nested").write("unshare", "user pid mnt uts syslog cgroup ipc time")
+    attached(exact, 2)
+    assert links(exact) == 20
+    b.write("namespaces", "net ../a")
+    attached(exact, 1)
+    assert links(exact) == 10
+    # A dead one has no network namespace that packets could be in.
+    os.kill(a.init, signal.SIGKILL)
+    wait_until(lambda: " ../a" not in b.read("namespaces"), "b holds it")
+    wait_until(lambda: links(exact) == 10, "its heir's")
+    os.kill(b.init, signal.SIGKILL)
+    wait_until(lambda: links(exact) == 0, "it is let go of")
+    attached(exact, 0)
+
+
+def test_none_are_made_where_no_rule_prints(tmp_path: Path) -> None:
+    """With the sysctl off a LOG rule of a container prints nothing."""
+    config = tmp_path / "nsfs.conf"
+    config.write_text("[log]\nfirewall_log = off\n")
+    with serving(tmp_path, ["--config", str(config)]) as instance:
+        wait_until(lambda: tier(instance) == "exact", "there is a tier")
+        before = NF_LOG.read_text()
+        (instance.tree / "a").mkdir()
+        attached(instance, 1)
+        if before == NF_LOG.read_text():
+            # Another instance may be there that has switched it on.
+            assert links(instance) == (10 if before == "1\n" else 0)
+
+
+@pytest.mark.parametrize("end", ["removed", "killed"])
+def test_a_pod_whose_holder_ends(
+    exact: Instance, pair: tuple[Container, Container], end: str
+) -> None:
+    a, b = pair
+    b.write("namespaces", "net ../a")
+    attached(exact, 1)
+    run(b.init, LO.format("pod"))
+    sends(b.init)
+    assert settle(exact, a, 5) == {"pod": 5}
+    assert not kernel(b)
+    if end == "killed":
+        os.kill(a.init, signal.SIGKILL)
+        wait_until(lambda: " ../a" not in b.read("namespaces"), "it holds it now")
+        inherits(exact, b)
+        before = prefixes(kernel(a))
+        inherits(exact, b)
+        assert prefixes(kernel(a)) == before
+    subprocess.run(["rm", "-rf", str(a.path)], check=True, timeout=DEADLINE_S)
+    inherits(exact, b)
+
+
+def inherits(instance: Instance, heir: Container) -> None:
+    """The lines of the rule go to who holds the namespace now: all, from a moment later on."""
+
+    def lines() -> int:
+        return prefixes(kernel(heir))["pod"]
+
+    def one_comes() -> bool:
+        before = lines()
+        sends(heir.init, 1)
+        caught_up(instance)
+        return lines() > before
+
+    wait_until(lambda: one_comes() and one_comes(), "lines come")
+    before = lines()
+    sends(heir.init, 20)
+    assert settle(instance, heir, before + 20) == {"pod": before + 20}
+    assert links(instance) == 10
+
+
+def test_an_interface_that_moves(exact: Instance, pair: tuple[Container, Container]) -> None:
+    """Lines go with the namespace that the packet is in, not with the name, the address or the
+    MAC address."""
+    a, b = pair
+    with contextlib.ExitStack() as stack:
+        net = Net("a", a.init)
+        stack.callback(net.close)
+        for name, each in (("a", a), ("b", b)):
+            rule = f"iptables -A INPUT -p udp --dport 5001 -j LOG --log-prefix {name}-in:\\ "
+            run(each.init, rule)
+        assert sender(net.helper.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
+        assert settle(exact, a, 5) == {"a-in": 5}
+        run(
+            a.init,
+            f"""
+            ip link set eth0 netns {b.init}
+            nsenter --net=/proc/{b.init}/ns/net sh -ec '
+                ip addr add 10.9.0.1/24 dev eth0; ip link set eth0 up'
+            """,
+        )
+        assert sender(net.helper.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
+        assert settle(exact, b, 5) == {"b-in": 5}
+        assert prefixes(kernel(a)) == {"a-in": 5}
+
+
+def test_containers_that_come_and_go(exact: Instance, pair: tuple[Container, Container]) -> None:
+    """The kernel uses the memory, the IDs and the names of what has gone again."""
+    a, _ = pair
+    run(a.init, LO.format("stays"))
+    for number in range(12):
+        path = exact.tree / "comes"
+        path.mkdir()
+        comes = Container(path)
+        attached(exact, 3)
+        assert not kernel(comes)
+        run(comes.init, LO.format(f"comes-{number}"))
+        sends(comes.init)
+        sends(a.init)
+        if number % 2:
+            assert settle(exact, comes, 5) == {f"comes-{number}": 5}
+        subprocess.run(["rm", "-rf", str(path)], check=True, timeout=DEADLINE_S)
+        attached(exact, 2)
+    assert settle(exact, a, 60) == {"stays": 60}
+
+
+def test_what_members_write(exact: Instance, pair: tuple[Container, Container]) -> None:
+    """Text that looks like the kernel's is its writer's, whatever it says: nobody else's log has
+    it, and where it is it is not of facility 0."""
+    a, b = pair
+    tag = f"forged-{os.getpid()}"
+    lines = (
+        f"{tag}: IN= OUT=lo SRC=127.0.0.1 DST=127.0.0.1 LEN=29 TOS=0x00 PREC=0x00 TTL=64 ID=1 ",
+        f"{tag}[1]: segfault at 0 ip 0 sp 0 error 4",
+        f"Memory cgroup out of memory: Killed process {a.init} ({tag})",
+    )
+    for line in lines:
+        a.run(f"echo '<0>{line}' > /dev/kmsg")
+        # A process may call itself so.
+        a.run(f"python3 -c \"open('/proc/self/comm', 'w').write('x[{b.init}]: seg')\"")
+    caught_up(exact)
+    found = a.read("kmsg")
+    assert all(line in found for line in lines)
+    assert not kernel(a)
+    assert not b.read("kmsg")
+    host = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
+    assert tag not in host + (exact.tree / "kmsg").read_text()
 
 
 @contextlib.contextmanager

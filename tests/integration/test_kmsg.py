@@ -257,3 +257,38 @@ def test_seeking_as_the_document_says(web: Container) -> None:
         "0 b'one\\n'",
         "ESPIPE EINVAL",
     ]
+
+
+def test_seeking_after_a_clear(web: Container) -> None:
+    """SEEK_DATA goes to the first record after the last SYSLOG_ACTION_CLEAR."""
+    web.run("echo before > /dev/kmsg; dmesg -C; echo after > /dev/kmsg")
+    script = (
+        "import os\n"
+        "fd = os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "for whence in (os.SEEK_DATA, os.SEEK_SET):\n"
+        "    os.lseek(fd, 0, whence); print(os.read(fd, 999).split(b';')[1].decode(), end='')\n"
+    )
+    assert web.run(f'python3 -c "{script}"') == "after\nbefore\n"
+
+
+def test_poll_of_proc_kmsg(web: Container) -> None:
+    """It tells of what nobody has read yet; a reader takes it from all others."""
+    write(web / "kmsg", "old")
+    web.start(
+        "python3",
+        "-c",
+        "import os, select\n"
+        "fd = os.open('/proc/kmsg', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "other = os.open('/proc/kmsg', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "p = select.poll(); p.register(fd, select.POLLIN)\n"
+        "print('at first', p.poll(10000) != [], os.read(other, 4096)[:4], flush=True)\n"
+        "print('then', p.poll(50), flush=True)\n"
+        "try: os.read(fd, 4096)\n"
+        "except BlockingIOError: print('nothing', flush=True)\n"
+        "print('woken', p.poll(10000) != [], os.read(fd, 4096))\n",
+    )
+    wait_until(lambda: "nothing" in web.read("output"), "it polls")
+    assert "at first True b'<12>'\nthen []\nnothing\n" in web.read("output")
+    write(web / "kmsg", "news")
+    wait_until(lambda: "woken True" in web.read("output"), "it is woken")
+    assert re.search(r"woken True b'<12>\[ *\d+\.\d+\] news", web.read("output"))

@@ -223,14 +223,32 @@ def test_journald(web: Container) -> None:
 def test_writers(web: Container) -> None:
     web.run("echo from echo > /dev/kmsg")
     web.run("echo from tee | tee /dev/kmsg")
+    web.run(
+        "logger --no-act --stderr --socket-errors=off -t nsfs -p user.err 'from logger' 2> /dev/kmsg"
+    )
     web.run("echo from dd | dd of=/dev/kmsg 2> /dev/null")
     web.run("python3 -c \"print('from print', file=open('/dev/kmsg', 'w'))\"")
     web.run("python3 -c \"open('/dev/kmsg', 'wb', buffering=0).write(b'<2>from bytes')\"")
     texts = [line.split(";", 1) for line in web.read("kmsg").splitlines()]
+    logged = texts.pop(2)
+    assert logged[0].startswith("11,")
+    assert re.fullmatch(r"\w+ +\d+ [0-9:]+ nsfs: from logger", logged[1])
     assert [text for _, text in texts] == [
         *("from echo", "from tee", "from dd", "from print", "from bytes")
     ]
     assert texts[-1][0].startswith("10,")
+
+
+def test_logger(web: Container) -> None:
+    """By way of syslogd, which has the lines of the log as well."""
+    web.run("busybox syslogd -O /tmp/messages; until [ -S /dev/log ]; do sleep 0.05; done")
+    web.start("busybox", "klogd", "-n")
+    write(web / "kmsg", "<3>of the kernel's log")
+    web.run("logger -t nsfs -p daemon.warning 'from logger'")
+    for line in ("daemon.warn nsfs: from logger", "user.err .*of the kernel's log"):
+        web.run(f"""until grep -q "{line}" /tmp/messages; do sleep 0.05; done""")
+    # What goes to /dev/log is none of the kernel's log.
+    assert "from logger" not in web.read("kmsg")
 
 
 def test_readers(web: Container) -> None:

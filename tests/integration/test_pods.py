@@ -89,11 +89,16 @@ def test_a_log_of_two(tree: Path, web: Container, db: Container, instance: Insta
     assert re.findall(r";(.*)", db.read("kmsg")) == ["from web", "from db"]
     assert "from web" in db.run("cat /sys/namespaces/kmsg")
     assert line(db, "syslog") == [line(web, "syslog")[0], "../web"]
+    number = line(web, "syslog")[0]
     subprocess.run(["rm", "-rf", web.path], check=True)
-    assert line(db, "syslog")[1] == "own"
+    assert line(db, "syslog") == [number, "own"]
     db.run("echo after > /dev/kmsg")
     instance.kill_daemon()
     assert re.findall(r";(.*)", db.read("kmsg")) == ["from web", "from db", "after"]
+    assert line(db, "syslog") == [number, "own"]
+    # Its owner is now who holds it.
+    assert "after" in db.run("dmesg -c")
+    assert not db.run("dmesg")
 
 
 def test_three_and_the_holder_goes(tree: Path, web: Container, db: Container) -> None:

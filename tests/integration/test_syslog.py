@@ -738,6 +738,27 @@ def test_a_session_with_the_containers_log(web: Container, types: str) -> None:
     assert web.run("head -n 2 /dev/kmsg | grep -c session") == "1\n"
 
 
+def test_an_ln_with_the_containers_log(web: Container, tree: Path) -> None:
+    write(web / "kmsg", "inside")
+    done = subprocess.run(
+        ["ln", str(tree / "procs/self"), f"{web.path}/procs/self:net,syslog"],
+        input=(
+            "dmesg -t; dmesg -S -t; head -n 1 /dev/kmsg; head -n 1 /proc/kmsg\n"
+            "echo from the ln > /dev/kmsg; dmesg -C; readlink /proc/self/ns/net\n"
+        ),
+        env={**os.environ, "SHELL": "/bin/sh"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE_S,
+    )
+    net = os.readlink(f"/proc/{web.init}/ns/net")
+    found = re.sub(r"(?m)^\S*(;|\[ *\d+\.\d+\] )", "", done.stdout)
+    assert (found, done.stderr) == ("inside\n" * 4 + f"{net}\n", "")
+    assert web.read("kmsg") == ""
+    assert web.run("head -n 2 /dev/kmsg | grep -c 'from the ln'") == "1\n"
+
+
 def test_a_session_without_it_has_the_hosts(web: Container) -> None:
     before = HostLog()
     (out,) = says(web, "net", "print(native(10))")
