@@ -333,16 +333,16 @@ class Operations(pyfuse3.Operations):
         if listing is None:
             # Opened with an earlier daemon.
             listing = self.listings[fh] = Listing(await self.nodes.node(inode), None)
-        if not start_id or not listing.rows:
-            await listing.look(self.nodes)
-        for cookie, name, node in listing.after(start_id):
+        for cookie, name, node in await listing.rows_after(start_id, self.nodes):
             if not pyfuse3.readdir_reply(token, os.fsencode(name), self.attributes(node), cookie):
                 break
 
     @boundary
     async def releasedir(self, fh: int) -> None:
         """FUSE_RELEASEDIR."""
-        self.listings.pop(fh, None)
+        listing = self.listings.pop(fh, None)
+        if listing is not None:
+            listing.release()
 
     @waiting
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:

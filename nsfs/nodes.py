@@ -24,6 +24,8 @@ LAST_COOKIE = 1 << 62
 """The directory offset of the entry that is listed last."""
 SEARCHED_MAX = 100_000
 """How many names of a view are looked through for one that an earlier daemon gave a number."""
+LISTED_AT_ONCE = 64
+"""How many names of a view are listed before others have their turn."""
 
 Row = tuple[int, str, Node]
 """Offset, name and node of what a directory lists."""
@@ -89,7 +91,7 @@ class Nodes:
                         if isinstance(await entry_of(contents, path[1:]), Directory):
                             directories.append(path[1:])
                         left -= 1
-                        if not left:
+                        if left <= 0:
                             break
                 await trio.lowlevel.checkpoint()
         raise FileNotFoundError(errno.ENOENT, "nothing has that number any more", str(number))
@@ -198,7 +200,9 @@ class Nodes:
             children = enumerate(self.tables.children(node), 1)
             rows = [(index, child.entry.name, child) for index, child in children]
         path = node.path or (view.name,)
-        for name in await names_of(contents, path[1:]):
+        for count, name in enumerate(await names_of(contents, path[1:])):
+            if count % LISTED_AT_ONCE == LISTED_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
             # It may have gone meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 entry = await entry_of(contents, (*path[1:], name))

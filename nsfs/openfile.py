@@ -6,6 +6,7 @@ import errno
 import os
 import select
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,44 @@ from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
 from nsfs.view import check_write, lives, tag
 
 NOBODY = 65534
+KEPT_SMALL = 4096
+"""Bytes: what an open file costs anyway."""
+KEPT_MAX = 1 << 26
+"""Bytes of all that is longer together."""
+ROW_SIZE = 512
+"""Bytes that an entry of a listing takes, about."""
+
+
+class Kept:
+    """What open files keep of long texts and listings, which a container can make as long as it
+    likes.
+
+    What was not looked at for longest is dropped when all together takes too much: who reads on
+    there gets what is there by then.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: OrderedDict[Value | Listing, int] = OrderedDict()
+        self._size = 0
+
+    def keep(self, owner: Value | Listing, size: int) -> None:
+        """An open file keeps so many bytes now."""
+        self.drop(owner)
+        if size <= KEPT_SMALL:
+            return
+        self._sizes[owner] = size
+        self._size += size
+        while self._size > KEPT_MAX:
+            oldest = next(iter(self._sizes))
+            self.drop(oldest)
+            oldest.let_go()
+
+    def drop(self, owner: Value | Listing) -> None:
+        """An open file keeps nothing any more."""
+        self._size -= self._sizes.pop(owner, 0)
+
+
+_kept = Kept()
 
 
 class Value(OpenFile):
@@ -95,9 +134,15 @@ class Value(OpenFile):
 
     async def read(self, offset: int, size: int, request: int) -> bytes:
         """A part of the snapshot that the read at offset 0 took."""
-        if not offset or not self.snapshot:
-            self.snapshot = await self._show()
-        return self.snapshot[offset : offset + size]
+        snapshot = self.snapshot
+        if not offset or not snapshot:
+            snapshot = self.snapshot = await self._show()
+            _kept.keep(self, len(snapshot))
+        return snapshot[offset : offset + size]
+
+    def let_go(self) -> None:
+        """Take a new snapshot when it is read again."""
+        self.snapshot = b""
 
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
@@ -145,6 +190,7 @@ class Value(OpenFile):
         """Nobody polls it any more."""
         if self.watchers is not None:
             self.watchers.drop(self)
+        _kept.drop(self)
         self.face.world.opens.drop(self.token)
 
 
@@ -159,8 +205,26 @@ class Listing:
         self.cookies: list[int] = []
         self.rows: list[Row] = []
 
-    async def look(self, nodes: Nodes) -> None:
-        """See what the directory has now."""
+    async def rows_after(self, offset: int, nodes: Nodes) -> list[Row]:
+        """What is listed behind an offset: (offset, name, node).  What the directory has is looked
+        at again for the beginning."""
+        looked = not offset or not self.rows
+        if looked:
+            await self._look(nodes)
+        rows = self.rows[bisect_right(self.cookies, offset) :]
+        if looked:
+            _kept.keep(self, len(self.rows) * ROW_SIZE)
+        return rows
+
+    def let_go(self) -> None:
+        """Look again when it is read on."""
+        self.rows, self.cookies = [], []
+
+    def release(self) -> None:
+        """It is closed."""
+        _kept.drop(self)
+
+    async def _look(self, nodes: Nodes) -> None:
         entry = self.node.entry
         keyed = isinstance(entry, Directory) and entry.member is not None
         gone = keyed and nodes.removal.all_but_removed(self.node, self.process)
@@ -171,10 +235,6 @@ class Listing:
                 del nodes.listed[process]
             seen = nodes.listed.setdefault(self.process, set())
             seen.update(row[2].ino for row in self.rows)
-
-    def after(self, offset: int) -> list[Row]:
-        """What is listed behind an offset: (offset, name, node)."""
-        return self.rows[bisect_right(self.cookies, offset) :]
 
 
 def _own(nodes: Nodes, node: Node, caller: Caller) -> Node:

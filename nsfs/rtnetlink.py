@@ -41,6 +41,8 @@ _SOL_NETLINK = 270
 _CAP_ACK, _EXT_ACK, _STRICT_CHECK = 10, 11, 12
 _RECEIVED_MAX = 1 << 17
 _TRIES = 5
+DUMP_MAX = 65536
+"""How much of something is looked at: of routes there may be millions."""
 
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -290,6 +292,8 @@ class Rtnetlink:
                         raise OSError(code, f"rtnetlink: {os.strerror(code)}")
                     return found, whole
                 found.append(payload)
+                if len(found) > DUMP_MAX:
+                    raise OSError(errno.EFBIG, "rtnetlink: more than is looked at")
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence += 1

@@ -159,21 +159,33 @@ async def names_of(contents: Contents, path: tuple[str, ...]) -> Iterable[str]:
     return await found if isinstance(found, Awaitable) else found
 
 
-async def inside(container: Container, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
+async def inside(
+    container: Container,
+    kinds: tuple[str, ...],
+    work: Callable[[], T],
+    limiter: trio.CapacityLimiter | None = None,
+) -> T:
     """Run `work` in a thread that has joined a container's namespaces of some types.
 
     Only types that a thread can join by itself: net, ipc, uts and cgroup (setns(2)).  The thread
     ends with it, so it never has to come back.  ProcessLookupError when the namespaces are dead.
     """
     if container.parent is None:
-        return await in_thread(work)
-    return await in_thread(lambda: namespaces.within(container.init_pid, kinds, work))
+        return await in_thread(work, limiter)
+    return await in_thread(lambda: namespaces.within(container.init_pid, kinds, work), limiter)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
+async def in_thread(work: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
     """Run what may block in a thread; a signal of whoever waits leaves it behind."""
-    running: Awaitable[T] = trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=_threads)
+    running: Awaitable[T] = trio.to_thread.run_sync(
+        work, abandon_on_cancel=True, limiter=limiter or _threads
+    )
     return await running
 
 
 _threads = trio.CapacityLimiter(64)
+PROC = trio.CapacityLimiter(2)
+"""Of what goes through as many processes, mounts or IPC objects as a container likes to have.  Such
+threads compute: were there many, the event loop would seldom get the interpreter's lock."""
+DUMPS = trio.CapacityLimiter(2)
+"""The same of interfaces, addresses and routes; others may have to wait for the RTNL."""

@@ -18,7 +18,7 @@ from nsfs.attribute import Attribute, Contents, Directory, Entry, TagType
 from nsfs.container import Container, Face
 from nsfs.syscalls import new_mount
 from nsfs.sysctl import Sysctls
-from nsfs.view import inside, tag
+from nsfs.view import PROC, in_thread, inside, tag
 
 KIND = ("ipc",)
 SYSCTLS = (
@@ -36,7 +36,8 @@ def _table(name: str) -> Attribute:
     async def show(face: Face) -> str:
         container = tag(face, VIEW)
         text = await inside(container, KIND, lambda: _read(f"/proc/sysvipc/{name}"))
-        return translated(face, text)
+        # It may have 32,768 rows, and the PIDs of each are looked up.
+        return await in_thread(lambda: translated(face, text), PROC)
 
     return Attribute(name, show=show)
 

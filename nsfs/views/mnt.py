@@ -1,6 +1,7 @@
 """`mnt/`: a mount namespace as a tagged view (mount_namespaces(7)).
 
-mounts        0444: its mounts as its init sees them, in the form of proc_pid_mounts(5)
+mounts        0444: its mounts as its init sees them, in the form of proc_pid_mounts(5); EFBIG
+              when that is longer than 16 MiB
 propagation   0644: whether what the host mounts later below a bind's source, or below `rootfs`, is
               seen inside: `private` or `slave` (mount_namespaces(7)); written while idle, it
               rebuilds the container
@@ -17,23 +18,28 @@ from nsfs import members
 from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Link, TagType, invalid
 from nsfs.container import Face
 from nsfs.rebuild import rebuild
-from nsfs.view import in_thread, tag
+from nsfs.view import PROC, in_thread, tag
+
+MOUNTS_SIZE_MAX = 1 << 24
+"""Bytes: there may be 100,000 mounts (sysctl fs.mount-max), each at a path of any length."""
 
 
 async def mounts_show(face: Face) -> bytes:
     """The kernel's own table."""
     container = tag(face, VIEW)
     pid = "self" if container.parent is None else container.init_pid
-    return await in_thread(lambda: _read(f"/proc/{pid}/mounts"))
+    return await in_thread(lambda: _read(f"/proc/{pid}/mounts"), PROC)
 
 
 def _read(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        parts = []
+        text = bytearray()
         while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts)
+            text += part
+            if len(text) > MOUNTS_SIZE_MAX:
+                raise OSError(errno.EFBIG, "the table of mounts is too long", path)
+        return bytes(text)
     finally:
         os.close(fd)
 

@@ -33,7 +33,7 @@ from nsfs.container import Container, Face
 from nsfs.rtnetlink import NAME_MAX, Address, Rtnetlink
 from nsfs.syscalls import new_mount
 from nsfs.sysctl import Sysctls
-from nsfs.view import in_thread, inside, tag
+from nsfs.view import DUMPS, in_thread, inside, tag
 
 SYSCTL = "sysctl"
 ROUTES = "routes"
@@ -91,7 +91,7 @@ class Interfaces(Contents):
             with Rtnetlink() as asked:
                 return {network.shown(each): (each.name, each.ifindex) for each in asked.links()}
 
-        known = await inside(self._container, ("net",), ask)
+        known = await inside(self._container, ("net",), ask, DUMPS)
         self._known = {long: kernels for long, kernels in known.items() if long != kernels[0]}
         longer = {kernels[0]: long for long, kernels in self._known.items()}
         return [longer.get(name, name) for name in names]
@@ -205,11 +205,11 @@ class Interfaces(Contents):
 
     def _inet(self, kernels: str) -> Attribute:
         async def show(face: Face) -> str:
-            return await inside(self._container, ("net",), lambda: _addresses(kernels))
+            return await inside(self._container, ("net",), lambda: _addresses(kernels), DUMPS)
 
         async def store(face: Face, value: str, caller: Caller) -> None:
             wanted = netconf.parse_addresses(value)
-            await inside(self._container, ("net",), lambda: _set_addresses(kernels, wanted))
+            await inside(self._container, ("net",), lambda: _set_addresses(kernels, wanted), DUMPS)
 
         return Attribute(INET, show=show, store=store, lines=True)
 
@@ -287,13 +287,13 @@ def _set_routes(value: str) -> None:
 
 async def routes_show(face: Face) -> str:
     """The main tables of IPv4 and IPv6."""
-    return await inside(tag(face, VIEW), ("net",), _routes)
+    return await inside(tag(face, VIEW), ("net",), _routes, DUMPS)
 
 
 async def routes_store(face: Face, value: str, caller: Caller) -> None:
     """Have these for those that are not the kernel's.  EINVAL for what is no route, ENODEV for an
     interface that is not there, and the kernel's own (ENETUNREACH, ENETDOWN)."""
-    await inside(tag(face, VIEW), ("net",), lambda: _set_routes(value))
+    await inside(tag(face, VIEW), ("net",), lambda: _set_routes(value), DUMPS)
 
 
 async def interface_make(face: Face, name: str, caller: Caller) -> None:

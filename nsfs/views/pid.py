@@ -1,7 +1,8 @@
 """`pid/`: a PID namespace as a tagged view (pid_namespaces(7)).
 
 tree   0444: its processes and those of the PID namespaces nested in it, one a line, children
-       indented below their parents: `PID COMMAND`, the PID being the viewer's
+       indented below their parents, from the 64th generation on no further: `PID COMMAND`, the PID
+       being the viewer's
 max    0644: the limit of its PIDs, which are below (Linux 6.14; before that there is one for all,
        which cannot be written here: EOPNOTSUPP)
 last   0444: the last PID that was given out
@@ -15,9 +16,11 @@ from collections.abc import Iterable
 from nsfs import members, sysctl
 from nsfs.attribute import Attribute, Caller, TagType, parse_int
 from nsfs.container import Container, Face
-from nsfs.view import in_thread, tag
+from nsfs.view import PROC, in_thread, tag
 
 KIND = ("pid",)
+INDENT_MAX = 64
+"""Generations: a chain of all processes would else take the square of their number."""
 PID_MAX_LIMIT = 4 * 1024 * 1024
 """Of the whole machine (linux/threads.h)."""
 
@@ -29,7 +32,7 @@ async def tree_show(face: Face) -> str:
     below = [each for each in container.descendants() if each.alive()]
     pids.update(each.init_pid for each in (container, *below) if each.init_pid)
     depth = members.level(face.viewpoint)
-    return await in_thread(lambda: _drawn(pids, depth))
+    return await in_thread(lambda: _drawn(pids, depth), PROC)
 
 
 def _drawn(pids: Iterable[int], depth: int) -> str:
@@ -48,7 +51,7 @@ def _drawn(pids: Iterable[int], depth: int) -> str:
     waiting = [(0, row) for row in sorted(tops, reverse=True)]
     while waiting:
         indent, (pid, seen, command) = waiting.pop()
-        rows.append(f"{'  ' * indent}{seen} {command}\n")
+        rows.append(f"{'  ' * min(indent, INDENT_MAX)}{seen} {command}\n")
         waiting += [(indent + 1, row) for row in sorted(children.get(pid, ()), reverse=True)]
     return "".join(rows)
 

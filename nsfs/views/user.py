@@ -15,14 +15,17 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 
 from nsfs import idmap, members
 from nsfs.attribute import Attribute, Contents, Directory, Entry, TagType, lines
 from nsfs.container import Container, Face
-from nsfs.view import in_thread, tag
+from nsfs.view import PROC, in_thread, tag
 
 FILES_OF_A_USER = ("procs", "cpu")
+LISTED_S = 1.0
+"""How long a user that was listed is believed to be there: as long as the kernel believes names."""
 NS_GET_OWNER_UID = 0xB704
 """ioctl_nsfs(2): the user whose user namespace it is."""
 
@@ -69,6 +72,7 @@ class Users(Contents):
 
     def __init__(self, container: Container) -> None:
         self._container = container
+        self._listed: tuple[float, frozenset[int]] = (0.0, frozenset())
 
     async def names(self, path: tuple[str, ...]) -> list[str]:
         """`uids`, the users, or the files of one."""
@@ -86,7 +90,7 @@ class Users(Contents):
             raise FileNotFoundError(errno.ENOENT, "no such file", path[-1])
         word = path[1]
         uid = int(word) if word.isascii() and word.isdigit() and len(word) < 11 else -1
-        if str(uid) != word or uid not in await self._count():
+        if str(uid) != word or not await self._has(uid):
             raise FileNotFoundError(errno.ENOENT, "no such user has processes", word)
         if len(path) == 2:
             return Directory(word)
@@ -99,19 +103,28 @@ class Users(Contents):
 
         return Attribute(path[2], show=show)
 
+    async def _has(self, uid: int) -> bool:
+        """Whether a user has processes.  To count them all for each name that was just listed would
+        take the square of their number."""
+        listed_at, users = self._listed
+        if time.monotonic() - listed_at < LISTED_S and uid in users:
+            return True
+        return uid in await self._count()
+
     async def _count(self) -> dict[int, tuple[int, int]]:
         """Users inside to (processes, microseconds)."""
         container = self._container
         pids = list(members.host_pids(container))
         if container.parent is not None:
             pids.append(container.init_pid)
-        found = await in_thread(lambda: list(_usage(pids)))
+        found = await in_thread(lambda: list(_usage(pids)), PROC)
         result: dict[int, tuple[int, int]] = {}
         for uid, usec in found:
             inside = idmap.to_inside(container.map, uid)
             if inside is not None:
                 procs, cpu = result.get(inside, (0, 0))
                 result[inside] = (procs + 1, cpu + usec)
+        self._listed = (time.monotonic(), frozenset(result))
         return result
 
 

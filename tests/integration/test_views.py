@@ -423,3 +423,90 @@ def test_a_file_that_is_no_view_is_an_error_of_mount(
     assert done.returncode != 0
     assert reason in done.stderr
     assert f"{tmp_path}/v0.py" in done.stderr
+
+
+# --- what a container can make long ---
+
+
+def memory(pid: int) -> int:
+    """Resident, in MiB."""
+    fields = Path(f"/proc/{pid}/status").read_text().split("VmRSS:", 1)[1].split()
+    return int(fields[0]) >> 10
+
+
+def test_a_long_chain_of_processes_is_no_long_text(web: Container) -> None:
+    program = (
+        "import os, time\nfor _ in range(200):\n    if os.fork():\n        break\ntime.sleep(1000)"
+    )
+    web.start("python3", "-c", program)
+    wait_until(lambda: web.read("pid/tree").count("python3") == 201, "they run")
+    indents = [len(r) - len(r.lstrip()) for r in web.read("pid/tree").splitlines() if "pyth" in r]
+    assert max(indents) == 2 * 64
+    assert sorted(indents)[:3] == [2, 4, 6]
+
+
+def test_open_files_keep_no_more_than_the_daemon_can_afford(
+    instance: Instance, web: Container
+) -> None:
+    # A line of 12 KiB for each mount: what is no word is shown as four bytes.
+    web.start(
+        "python3",
+        "-c",
+        "import ctypes, os, time\n"
+        "libc = ctypes.CDLL(None)\n"
+        "os.chdir('/tmp')\n"
+        "for _ in range(13):\n"
+        "    os.mkdir(' ' * 250)\n"
+        "    os.chdir(' ' * 250)\n"
+        "for _ in range(600):\n"
+        "    assert not libc.mount(b'x', b'.', b'tmpfs', 0, None)\n"
+        "print('mounted', flush=True)\n"
+        "time.sleep(1000)\n",
+    )
+    wait_until(lambda: "mounted" in web.read("output"), "all is mounted")
+    before = memory(instance.daemon())
+    fds = [os.open(web / "mnt/mounts", os.O_RDONLY) for _ in range(40)]
+    try:
+        assert all(len(os.read(fd, 4096)) == 4096 for fd in fds)
+        assert memory(instance.daemon()) - before < 200
+        # One that was dropped goes on with what is there now.
+        os.lseek(fds[0], 0, os.SEEK_SET)
+        text = b"".join(iter(lambda: os.read(fds[0], 1 << 17), b""))
+        assert text == Path(f"/proc/{web.init}/mounts").read_bytes()
+        assert len(text) > 600 * 12_000
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_table_of_mounts_that_is_too_long(web: Container) -> None:
+    web.start(
+        "python3",
+        "-c",
+        "import ctypes, os, time\n"
+        "libc = ctypes.CDLL(None)\n"
+        "os.chdir('/tmp')\n"
+        "for _ in range(15):\n"
+        "    os.mkdir(' ' * 255)\n"
+        "    os.chdir(' ' * 255)\n"
+        "for _ in range(1200):\n"
+        "    assert not libc.mount(b'x', b'.', b'tmpfs', 0, None)\n"
+        "print('mounted', flush=True)\n"
+        "time.sleep(1000)\n",
+    )
+    wait_until(lambda: "mounted" in web.read("output"), "all is mounted")
+    with fails(errno.EFBIG):
+        web.read("mnt/mounts")
+
+
+def test_more_routes_than_are_shown(web: Container) -> None:
+    batch = web.path.parent.parent / "routes"
+    with open(batch, "w") as file:
+        for number in range(1 << 16):
+            file.write(f"route add blackhole 10.{number >> 8}.{number & 255}.0/24\n")
+        file.write("route add blackhole 11.0.0.0/24\n")
+    shell(f"nsenter --net={web / 'nsproxy/net'} ip -batch {batch}")
+    with fails(errno.EFBIG):
+        web.read("net/routes")
+    shell(f"nsenter --net={web / 'nsproxy/net'} ip route flush type blackhole")
+    assert "blackhole" not in web.read("net/routes")
