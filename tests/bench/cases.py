@@ -459,4 +459,5 @@ CASES: dict[str, Callable[[Bench], None]] = {
     "log": logs.log,
     "attribution": logs.attribution,
     "marks": logs.marks,
+    "syslog": logs.syslog,
 }

@@ -1,5 +1,5 @@
 """Benchmarks of kernel logs: how fast one is, what a flood of one container costs others, whose the
-lines of the host's log are, and what marks cost a packet.
+lines of the host's log are, what marks cost a packet, and a call of syslog(2).
 """
 
 from __future__ import annotations
@@ -172,3 +172,14 @@ def marks(bench: Bench) -> None:
         cost = max(found["exact"][way] - found["own"][way], 0.0) / 1e6
         bench.report.add(f"marks: their cost, {way}", cost)
         bench.report.want(f"marks of a packet, {way}", f"marks: their cost, {way}", 5e-6)
+
+
+def syslog(bench: Bench) -> None:
+    """A call of syslog(2) inside, which the daemon answers, beside one on the host."""
+    many = bench.runs > 5
+    found = json.loads(_program("syslog_cost", *(("3000", "300") if many else ("500", "10"))))
+    for call in ("size", "unread", "read all"):
+        for where in ("inside", "host"):
+            took = found[where][call]["median_us"] / 1e6
+            bench.report.add(f"syslog(2): {call}, {where}", took)
+    bench.report.want("a call of syslog(2) inside", "syslog(2): size, inside", 60e-6)
