@@ -45,6 +45,15 @@ _BINDS_MAX = 64
 # enum spawner_op
 _MAKE, _HOSTNAME, _SET_HOSTNAME, _TREE, _PIN, _BIND, _UNBIND, _OUTPUT, _FEATURES = range(1, 10)
 _SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW, _LOG = 10, 11, 12, 13, 14
+_ASIDE = {_TREE, _PIN, _BIND, _UNBIND, _SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW}
+"""What may take as long as others' filesystems and processes like, up to the spawner's deadline."""
+_ASIDE_MAX = 32
+"""How many of these may be under way: half of the spawner's jobs (JOBS_MAX in spawner.c), so that
+containers can be made whatever the others wait for."""
+_SYSCTLS_MAX = 4
+"""How many may be under way for one process's namespaces: whoever is root there can stop the
+child."""
+
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
 SYSLOG_FD = 7
@@ -139,6 +148,10 @@ class Spawner:
         self._send_lock = trio.Lock()
         self._last_id = 0
         self._waiting: dict[int, _Waiter] = {}
+        self._asides = trio.Semaphore(_ASIDE_MAX)
+        self._under_way: dict[int, tuple[int, int]] = {}
+        """What `_asides` is held for, whether somebody waits for it or not: operation and process
+        by request."""
 
     # --- the process ---
 
@@ -209,7 +222,9 @@ class Spawner:
                 for level, kind, payload in control:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         (fd,) = struct.unpack("i", payload)
-                waiter = self._waiting.get(int.from_bytes(data[:8], "little"))
+                number = int.from_bytes(data[:8], "little")
+                self._has_ended(number)
+                waiter = self._waiting.get(number)
                 if waiter is not None:
                     waiter.data, waiter.fd = data, fd
                     waiter.told.set()
@@ -273,10 +288,14 @@ class Spawner:
             raise OSError(errno.EINVAL, "a NUL in a string")
         if len(message) >= _MESSAGE_MAX:
             raise OSError(errno.E2BIG, "the request is too long")
+        if op in _ASIDE:
+            await self._begin(number, op, pid)
         waiter = self._waiting[number] = _Waiter()
+        sent = False
         try:
             if self._socket.fileno() >= 0:
                 await self._send(message, fds)
+                sent = True
                 await waiter.told.wait()
         except (trio.ClosedResourceError, ConnectionError):
             waiter.data = b""
@@ -286,6 +305,8 @@ class Spawner:
             raise
         finally:
             del self._waiting[number]
+            if not sent:
+                self._has_ended(number)
         data, fd = waiter.data, waiter.fd
         if not data:
             raise BrokenPipeError(errno.EPIPE, "the spawner has died")
@@ -295,6 +316,17 @@ class Spawner:
                 os.close(fd)
             raise failure(error, step)
         return pid, value, os.fsdecode(text.rstrip(b"\0")), fd
+
+    async def _begin(self, number: int, op: int, pid: int) -> None:
+        """Wait for one's turn with what may take long; EAGAIN when too many sysctls hang there."""
+        if op == _SYSCTL and list(self._under_way.values()).count((op, pid)) >= _SYSCTLS_MAX:
+            raise OSError(errno.EAGAIN, "others wait for that namespace", str(pid))
+        await self._asides.acquire()
+        self._under_way[number] = op, pid
+
+    def _has_ended(self, number: int) -> None:
+        if self._under_way.pop(number, None):
+            self._asides.release()
 
     async def _send(self, message: bytes, fds: Sequence[int]) -> None:
         # At once where there is room, as there always is but in a storm: trio would first see what

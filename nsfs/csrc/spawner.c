@@ -1688,6 +1688,8 @@ static int access_sysctl(void *about)
 	ssize_t length;
 	int fd;
 
+	/* The root of a PID namespace that was joined may stop us: then whoever waits for us is killed. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	step = STEP_PATH;
 	snprintf(path, sizeof(path), "sys/%.200s", request.strings[0]);
 	fd = (int)call(openat(proc_fd, path, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC));

@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -603,3 +605,31 @@ def test_a_debian_made_by_debootstrap(web: Container, debian: Path) -> None:
     subprocess.run(["rm", "-rf", web.path], check=True, timeout=60)
     # The tree stays, and is as good for the next one.
     assert (debian / "etc/debian_version").exists()
+
+
+def test_a_filesystem_that_does_not_answer_keeps_no_container_from_being_made(
+    tree: Path, tmp_path: Path
+) -> None:
+    for number in range(80):
+        (tree / f"w{number}").mkdir()
+    program = Path(__file__).with_name("holding_fs.py")
+    words = [sys.executable, "-P", program, tmp_path]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"mounted\n"
+        os.kill(server.pid, signal.SIGSTOP)
+        script = 'for i in $(seq 0 79); do echo "/mnt $0/$i ro" > "$1/w$i/binds" & done; wait'
+        with subprocess.Popen(
+            ["sh", "-c", script, tmp_path, tree], stderr=subprocess.DEVNULL
+        ) as writers:
+            try:
+                for number in range(5):
+                    done = subprocess.run(["mkdir", tree / f"n{number}"], check=False, timeout=20)
+                    assert done.returncode == 0
+                    os.rmdir(tree / f"n{number}")
+                assert writers.poll() is None
+            finally:
+                server.kill()
+                subprocess.run(["umount", "-l", tmp_path], check=True)
+                writers.wait()
+    assert all((tree / f"w{number}/binds").read_text() == "" for number in range(80))
