@@ -205,6 +205,8 @@ class Container:
     log_changed_ns: int = 0
     """When its log last changed through this daemon, in ns since the Epoch."""
     own_output: ByteLog | None = None
+    printed: Watchers = field(default_factory=Watchers)
+    """Told when a command of its `exec` printed something."""
 
     @property
     def root_uid(self) -> int:

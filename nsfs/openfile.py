@@ -23,7 +23,7 @@ from nsfs.attribute import (
     Watchers,
 )
 from nsfs.authority import check_mode
-from nsfs.container import Container
+from nsfs.container import Container, Phase
 from nsfs.nodes import Nodes, Row
 from nsfs.processes import Process, process_lives, thread_group
 from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
@@ -99,6 +99,8 @@ class Value(OpenFile):
     async def _show(self) -> bytes:
         if self.entry.show is None:
             raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
+        if self.face.container.phase is Phase.GONE:
+            raise OSError(errno.ENODEV, "the container was removed", self.entry.name)
         if self.watchers is not None:
             self.version = self.watchers.version
         keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()

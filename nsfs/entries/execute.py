@@ -10,14 +10,18 @@ output  0440: a bounded log of what those commands print; ends at EOF.
 from __future__ import annotations
 
 import errno
+import select
 import shlex
 import time
+from collections.abc import Callable
 
 from nsfs.attribute import NOT_ON_ROOT, Attribute, Caller, OpenFile, invalid
 from nsfs.authority import check_ids
 from nsfs.bytelog import ByteLog
 from nsfs.container import Face
 
+READABLE = select.POLLIN | select.POLLRDNORM
+WRITABLE = select.POLLOUT | select.POLLWRNORM
 ENVIRONMENT = (
     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME=/root",
@@ -86,10 +90,20 @@ class OutputFile(OpenFile):
     async def write(self, offset: int, data: bytes, request: int) -> int:
         """Append, whatever the offset."""
         self.face.container.output.write(data, time.time_ns())
+        self.face.container.printed.tell()
         return len(data)
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """Writable, and readable when there is more than was read."""
+        container = self.face.container
+        if notify is not None:
+            container.printed.add(self, notify)
+        more = container.output.end > self.base + self.next
+        return WRITABLE | (READABLE if more else 0)
 
     def release(self) -> None:
         """Forget the position."""
+        self.face.container.printed.drop(self)
         self.face.world.opens.drop(self.token)
 
 

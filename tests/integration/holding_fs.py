@@ -1,5 +1,9 @@
 """A filesystem whose file `held` is opened, but what is in it never comes: holding_fs.py MOUNTPOINT.
 
+In the directory `dir`, which cannot be listed, every file is like that, and a program.  Once a line was written to its
+standard input, `dir` cannot be looked up any more: who tries waits.  Nobody who waits heeds
+signals, SIGKILL included, as with any FUSE server that does not.
+
 It tells by a line when it is mounted, and ends when its standard input does.
 """
 
@@ -16,24 +20,36 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 HELD = 2
+DIRECTORY = 3
 
 
 class HoldingFS(pyfuse3.Operations):
+    gone = False
+    """Whether lookups of the directory wait."""
+
     def attributes(self, inode: int) -> EntryAttributes:
         attributes = EntryAttributes()
         attributes.st_ino = inode
         attributes.st_nlink = 1
         attributes.st_size = 1 << 20
-        attributes.st_mode = stat.S_IFREG | 0o666 if inode == HELD else stat.S_IFDIR | 0o755
+        attributes.st_mode = stat.S_IFREG | 0o777 if inode == HELD else stat.S_IFDIR | 0o755
+        attributes.entry_timeout = 0
         return attributes
 
     async def getattr(self, inode: int, ctx: Any = None) -> EntryAttributes:
         return self.attributes(inode)
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> EntryAttributes:
-        if name != b"held":
+        if parent_inode == DIRECTORY or name == b"held":
+            return self.attributes(HELD)
+        if name != b"dir":
             raise FUSEError(errno.ENOENT)
-        return self.attributes(HELD)
+        if self.gone:
+            await trio.sleep_forever()
+        return self.attributes(DIRECTORY)
+
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        await trio.sleep_forever()
 
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
         return FileInfo(fh=inode, keep_cache=True)
@@ -43,11 +59,16 @@ class HoldingFS(pyfuse3.Operations):
 
 
 async def main(mountpoint: str) -> None:
-    pyfuse3.init(HoldingFS(), mountpoint, {"fsname=holding", "allow_other"})
+    filesystem = HoldingFS()
+    pyfuse3.init(filesystem, mountpoint, {"fsname=holding", "allow_other"})
     print("mounted", flush=True)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pyfuse3.main)
         await trio.lowlevel.wait_readable(sys.stdin)
+        while os.read(0, 100):
+            filesystem.gone = True
+            print("gone", flush=True)
+            await trio.lowlevel.wait_readable(sys.stdin)
         # Aborts the connection: what waits fails, as it does when such a server dies.
         os._exit(0)
 

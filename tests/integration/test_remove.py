@@ -192,15 +192,50 @@ def test_while_a_member_waits_in_a_read_of_nsfs(web: Container, instance: Instan
     instance.settled()
 
 
-@pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT])
-def test_a_reader_that_waits_ends_by_a_signal(name: signal.Signals, web: Container) -> None:
-    web.start("cat", "/dev/kmsg")
-    pid = int(wait_until(lambda: os.listdir(web / "procs"), "cat runs")[0])
-    time.sleep(0.1)
-    begin = time.monotonic()
-    os.kill(pid, name)
-    wait_until(lambda: all_gone([pid]), "it is gone", 5.0)
-    assert time.monotonic() - begin < 2.0
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_while_members_are_stopped_traced_and_frozen(
+    spelling: str, web: Container, instance: Instance
+) -> None:
+    """The frozen one by a group of its own, and all of them in a container that is frozen."""
+    os.mkdir(web / "db")
+    db = Container(web / "db")
+    db.run(
+        "mkdir /tmp/cg; mount -t cgroup2 none /tmp/cg; mkdir /tmp/cg/own; sleep 1000 >/dev/null &\n"
+        "echo $! > /tmp/cg/own/cgroup.procs; echo 1 > /tmp/cg/own/cgroup.freeze"
+    )
+    for _ in range(2):
+        db.start("sleep", "1000")
+    found = wait_until(lambda: len(names := os.listdir(db / "procs")) == 3 and names, "they run")
+    pids = [int(name) for name in found]
+    in_own = [pid for pid in pids if "/own\n" in Path(f"/proc/{pid}/cgroup").read_text()]
+    assert len(in_own) == 1
+    stopped, traced = (pid for pid in pids if pid not in in_own)
+    os.kill(stopped, signal.SIGSTOP)
+    words = ["strace", "-p", str(traced)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as tracer:
+        status = Path(f"/proc/{traced}/status")
+        wait_until(lambda: "TracerPid:\t0\n" not in status.read_text(), "it is traced")
+        web.write("freeze", "1")
+        SPELLINGS[spelling](web.path)
+        wait_until(lambda: all_gone(pids), "they are gone", GONE_S)
+        tracer.wait(timeout=30)
+    instance.settled()
+
+
+def test_namespaces_and_mounts_go_too(web: Container, instance: Instance) -> None:
+    def mounts() -> int:
+        return Path(f"/proc/{instance.daemon()}/mountinfo").read_text().count("\n")
+
+    before = mounts()
+    os.mkdir(web / "db")
+    # A namespace that is gone takes its end of a pair with it.
+    os.mkdir(web / "db/net/eth0")
+    Container(web / "db").start("sleep", "1000")
+    assert (web / "net/db").exists()
+    os.stat(web / "db/nsproxy/net")
+    SPELLINGS["gnu"](web / "db")
+    wait_until(lambda: not (web / "net/db").exists(), "the network namespace is gone")
+    wait_until(lambda: mounts() <= before, "no mount is left")
 
 
 def test_rm_of_a_file_or_of_what_is_in_it_harms_nothing(web: Container) -> None:

@@ -1,0 +1,266 @@
+"""Each errno of nsfs(5), ERRORS: which tests provoke it, and those that no other file has."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nsfs.spawner import LIBEXEC
+
+from .conftest import Container, wait_until, write
+
+TESTS = Path(__file__).parents[1]
+MANUAL = TESTS.parent / "man/nsfs.5.rst"
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+PROVOKED = {
+    "E2BIG": (
+        "integration/test_tree.py::test_values_that_are_refused_change_nothing",
+        "integration/test_errors.py::test_a_command_that_is_too_long",
+    ),
+    "EACCES": (
+        "integration/test_matrix.py::test_everybody_against_everything",
+        "integration/test_delegation.py::test_descriptors_do_not_outlast_authority",
+        "integration/test_tree.py::test_values_that_are_refused_change_nothing",
+    ),
+    "EAGAIN": (
+        "integration/test_errors.py::test_no_more_processes",
+        "integration/test_kmsg.py::test_nonblocking_reads_end_with_eagain",
+    ),
+    "EBUSY": (
+        "integration/test_tree.py::test_rmdir_of_what_is_idle_busy_or_nested",
+        "integration/test_errors.py::test_while_it_is_frozen",
+        "integration/test_enter.py::test_what_nsfs_cannot_do_is_125",
+    ),
+    "EEXIST": (
+        "integration/test_tree.py::test_names_that_cannot_be",
+        "integration/test_tree.py::test_mv_renames_while_it_runs",
+    ),
+    "EINTR": ("integration/test_errors.py::test_a_signal_while_it_waits",),
+    "EINVAL": (
+        "integration/test_tree.py::test_values_that_are_refused_change_nothing",
+        "integration/test_tree.py::test_names_that_cannot_be",
+        "integration/test_tree.py::test_modes_and_what_they_mean",
+        "integration/test_errors.py::test_a_record_that_is_too_long",
+        "integration/test_errors.py::test_flags_of_rename",
+    ),
+    "EIO": (
+        "integration/test_errors.py::test_proc_kmsg_cannot_be_written",
+        "unit/test_fs.py::test_a_defect_is_eio_and_logged",
+    ),
+    "EISDIR": ("integration/test_errors.py::test_files_and_directories",),
+    "ENOTDIR": ("integration/test_errors.py::test_files_and_directories",),
+    "ENAMETOOLONG": (
+        "integration/test_tree.py::test_names_that_cannot_be",
+        "integration/test_network.py::test_names_that_cannot_be",
+    ),
+    "ENODEV": (
+        "integration/test_tree.py::test_a_dead_container_says_enodev_and_can_be_removed",
+        "integration/test_errors.py::test_removed_while_it_is_open",
+    ),
+    "ENOENT": (
+        "integration/test_tree.py::test_values_that_are_refused_change_nothing",
+        "integration/test_errors.py::test_removed_while_it_is_open",
+        "integration/test_construction.py::test_rootfs_errors",
+    ),
+    "ENOEXEC": ("integration/test_errors.py::test_no_program",),
+    "ENOSPC": (
+        "integration/test_construction.py::test_failed_makes_leave_nothing",
+        "integration/test_delegation.py::test_the_number_of_a_users_containers",
+        "integration/test_delegation.py::test_the_number_of_a_users_ranges",
+    ),
+    "ENOTTY": ("integration/test_console.py::test_what_is_wrong",),
+    "ENXIO": ("integration/test_console.py::test_what_is_wrong",),
+    "ENOTEMPTY": (
+        "integration/test_tree.py::test_rmdir_of_what_is_idle_busy_or_nested",
+        "integration/test_remove.py::test_rm_of_a_file_or_of_what_is_in_it_harms_nothing",
+    ),
+    "EOPNOTSUPP": (
+        "integration/test_cgroup.py::test_each_file_is_read_or_no_controller_has_it",
+        "integration/test_errors.py::test_extended_attributes",
+    ),
+    "EPERM": (
+        "integration/test_tree.py::test_no_file_can_be_made",
+        "integration/test_tree.py::test_mv_renames_while_it_runs",
+        "integration/test_construction.py::test_a_map_beyond_the_parents_is_refused",
+        "integration/test_construction.py::test_a_tree_that_others_can_reach_is_refused",
+        "integration/test_matrix.py::test_everybody_against_everything",
+        "integration/test_neighbours.py::"
+        "test_a_copy_in_another_mount_namespace_is_not_removed_by_mistake",
+        "integration/test_enter.py::test_what_nsfs_cannot_do_is_125",
+        "integration/test_delegation.py::test_ids_that_are_not_the_users",
+        "integration/test_kmsg.py::test_whose_log_it_is",
+    ),
+    "EPIPE": ("integration/test_errors.py::test_a_record_that_was_overwritten",),
+    "ERANGE": ("integration/test_tree.py::test_values_that_are_refused_change_nothing",),
+    "ETIMEDOUT": ("integration/test_blocked.py::test_mkdir_does_not_wait_for_ever",),
+    "EXDEV": ("integration/test_construction.py::test_a_writer_with_mounts_of_its_own",),
+}
+
+
+def refused(number: int, function: Callable[..., object], *args: object) -> None:
+    with pytest.raises(OSError, match=r".") as caught:
+        function(*args)
+    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
+
+
+def test_each_errno_of_the_manual_is_provoked_by_a_test() -> None:
+    section = MANUAL.read_text().split("\nERRORS\n======\n", 1)[1].split("\nFILES\n", 1)[0]
+    heads = [line for line in section.splitlines() if re.fullmatch(r"\*\*E[A-Z0-9]+\*\*.*", line)]
+    named = {name for head in heads for name in re.findall(r"\*\*(E[A-Z0-9]+)\*\*", head)}
+    assert named == set(PROVOKED)
+    for tests in PROVOKED.values():
+        for test in tests:
+            file, _, name = test.partition("::")
+            assert f"def {name}(" in (TESTS / file).read_text(), test
+
+
+def test_a_command_that_is_too_long(web: Container) -> None:
+    words = [LIBEXEC / "nsfs-enter", web.path, "--", "true", *["x" * 100_000] * 15]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 125
+    assert os.strerror(errno.E2BIG) in done.stderr
+
+
+def test_no_more_processes(web: Container) -> None:
+    os.mkdir(web / "db")
+    db = Container(web / "db")
+    try:
+        # The init's two are all.
+        db.write("cgroup/pids.max", "2")
+    except OSError as error:
+        assert error.errno == errno.EOPNOTSUPP
+        pytest.skip("no pids controller")
+    refused(errno.EAGAIN, db.write, "exec", "true")
+    refused(errno.EAGAIN, os.mkdir, db / "nested")
+    assert not (db / "nested").exists()
+    db.write("cgroup/pids.max", "max")
+    assert db.run("echo works") == "works\n"
+
+
+def test_while_it_is_frozen(web: Container) -> None:
+    web.write("freeze", "1")
+    refused(errno.EBUSY, web.write, "exec", "true")
+    refused(errno.EBUSY, os.mkdir, web / "db")
+    refused(errno.EBUSY, web.write, "unshare", "mnt pid user")
+    refused(errno.EBUSY, web.write, "idmap", "host")
+    web.write("freeze", "0")
+    os.mkdir(web / "db")
+
+
+def test_a_signal_while_it_waits(web: Container) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(8192)
+    fd = os.open(f"/proc/{web.init}/root/dev/kmsg", os.O_RDONLY)
+    # Without SA_RESTART, as Python installs handlers.
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        assert libc.read(fd, buffer, 8192) == -1
+        assert ctypes.get_errno() == errno.EINTR
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(fd)
+
+
+def test_a_record_that_is_too_long(web: Container) -> None:
+    for path in (web / "kmsg", Path(f"/proc/{web.init}/root/dev/kmsg")):
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            refused(errno.EINVAL, os.write, fd, b"x" * 1025)
+            assert os.write(fd, b"x" * 1024) == 1024
+        finally:
+            os.close(fd)
+    assert web.read("kmsg").count("\n") == 2
+
+
+def test_flags_of_rename(tree: Path, web: Container) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def renameat2(source: Path, target: Path, flags: int) -> int:
+        done = libc.renameat2(-100, os.fsencode(source), -100, os.fsencode(target), flags)
+        return ctypes.get_errno() if done else 0
+
+    os.mkdir(tree / "other")
+    assert renameat2(web.path, tree / "other", RENAME_EXCHANGE) == errno.EINVAL
+    assert renameat2(web.path, tree / "other", RENAME_NOREPLACE) == errno.EEXIST
+    assert renameat2(web.path, tree / "shop", RENAME_NOREPLACE) == 0
+    assert {"shop", "other"} <= set(os.listdir(tree))
+
+
+def test_proc_kmsg_cannot_be_written(web: Container) -> None:
+    fd = os.open(f"/proc/{web.init}/root/proc/kmsg", os.O_WRONLY)
+    try:
+        refused(errno.EIO, os.write, fd, b"x")
+    finally:
+        os.close(fd)
+
+
+def test_files_and_directories(web: Container) -> None:
+    refused(errno.EISDIR, os.open, web.path, os.O_WRONLY)
+    refused(errno.EISDIR, os.open, web / "procs", os.O_RDWR)
+    refused(errno.EISDIR, os.unlink, web.path)
+    refused(errno.ENOTDIR, os.open, web / "state" / "x", os.O_RDONLY)
+    refused(errno.ENOTDIR, os.rmdir, web / "state")
+    refused(errno.ENOTDIR, os.mkdir, web / "state" / "x")
+
+
+def test_removed_while_it_is_open(web: Container) -> None:
+    directory = os.open(web.path, os.O_RDONLY | os.O_DIRECTORY)
+    files = [os.open(web / name, os.O_RDONLY) for name in ("init", "rootfs", "cgroup/cpu.stat")]
+    freeze = os.open(web / "freeze", os.O_WRONLY)
+    try:
+        os.rmdir(web.path)
+        for fd in files:
+            refused(errno.ENODEV, os.read, fd, 4096)
+        refused(errno.ENODEV, os.write, freeze, b"1\n")
+        refused(errno.ENOENT, lambda: os.mkdir("db", dir_fd=directory))
+        refused(errno.ENOENT, os.mkdir, web / "db")
+    finally:
+        for fd in (directory, freeze, *files):
+            os.close(fd)
+
+
+def test_no_program(web: Container) -> None:
+    web.run(r"printf '\1\2\3\4' > /tmp/garbage; : > /tmp/empty; chmod 755 /tmp/*")
+    for name in ("garbage", "empty"):
+        refused(errno.ENOEXEC, web.write, "exec", f"/tmp/{name}")
+    assert web.state()["reason"].startswith("exec: ")
+
+
+def test_extended_attributes(web: Container) -> None:
+    for path in (web.path, web / "state"):
+        refused(errno.EOPNOTSUPP, os.getxattr, path, "user.x")
+        refused(errno.EOPNOTSUPP, os.setxattr, path, "user.x", b"1")
+
+
+def test_a_record_that_was_overwritten(web: Container) -> None:
+    web.write("nsfs.log", "bytes 4096\nrate max\nburst max")
+    write(web / "kmsg", "first")
+    fd = os.open(f"/proc/{web.init}/root/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert b";first" in os.read(fd, 8192)
+        for number in range(200):
+            write(web / "kmsg", f"number {number} of those that take the place of what was there")
+        refused(errno.EPIPE, os.read, fd, 8192)
+        # Then the oldest that there is.
+        assert b";number " in os.read(fd, 8192)
+    finally:
+        os.close(fd)
+
+
+def test_what_could_not_be_done_is_told(web: Container) -> None:
+    refused(errno.ENOENT, web.write, "exec", "nowhere")
+    assert "No such file" in web.state()["reason"]
+    web.write("exec", "true")
+    wait_until(lambda: web.state()["populated"] == "0", "it ended")
+    assert web.state()["reason"] == "-"
