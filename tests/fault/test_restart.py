@@ -462,8 +462,9 @@ def mounted(path: Path) -> bool:
     return any(line.split()[4] == str(path) for line in lines)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["supervisor", "daemon"])
-def test_sigterm_ends_everything(whom: str, tmp_path: Path) -> None:
+def test_a_signal_ends_everything(whom: str, number: signal.Signals, tmp_path: Path) -> None:
     instance = Instance(tmp_path)
     instance.mount()
     os.mkdir(instance.tree / "web")
@@ -472,7 +473,7 @@ def test_sigterm_ends_everything(whom: str, tmp_path: Path) -> None:
     Container(web / "db").start("sh", "-c", "trap '' TERM; while :; do sleep 0.01; done")
     supervisor = int((instance.run_dir / "supervisor.pid").read_text())
     init, daemon = web.init, instance.daemon()
-    os.kill(supervisor if whom == "supervisor" else daemon, signal.SIGTERM)
+    os.kill(supervisor if whom == "supervisor" else daemon, number)
     for pid in (supervisor, daemon, init):
         wait_until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid} has ended")
     assert not mounted(instance.tree)

@@ -44,6 +44,10 @@ PROVOKED = {
         "integration/test_tree.py::test_names_that_cannot_be",
         "integration/test_tree.py::test_mv_renames_while_it_runs",
     ),
+    "EFBIG": (
+        "integration/test_views.py::test_a_table_of_mounts_that_is_too_long",
+        "integration/test_views.py::test_more_routes_than_are_shown",
+    ),
     "EINTR": ("integration/test_errors.py::test_a_signal_while_it_waits",),
     "EINVAL": (
         "integration/test_tree.py::test_values_that_are_refused_change_nothing",

@@ -326,6 +326,9 @@ def test_denylist(web: Container) -> None:
     for name, number in names.items():
         (result,) = says(web, f"print(call({number}, -1, 0, 0, 0, 0))")
         assert int(result) == -errno.EPERM, name
+    # These its root has no capability for either; what only the denylist refuses is MNT_FORCE (1).
+    out = says(web, "print(*(call(166, ctypes.c_char_p(b'/nowhere'), flags) for flags in (1, 2)))")
+    assert out == [f"{-errno.EACCES} {-errno.ENOENT}"]
 
 
 @needs_python

@@ -205,6 +205,17 @@ def test_lxc_runs(grafted: Grafted, tmp_path: Path) -> None:
     assert "from lxc" in out
 
 
+def test_names_are_relative_to_the_default_mount(grafted: Grafted, web: Container) -> None:
+    os.mkdir(web / "db")
+    for name in ("web/db", f"{web.path}/db"):
+        assert grafted.command("enter", name, "--", "hostname").stdout == "db\n"
+        assert grafted.command("run", f"{name}/job", "--", "hostname").stdout == "job\n"
+    assert os.listdir(web / "db").count("job") == 0
+    # Those that take an instance take this one when none is named.
+    assert json.loads(grafted.command("status", "--json").stdout)["dir"] == "/sys/namespaces"
+    assert "2 containers" in grafted.command("umount", check=False).stderr
+
+
 def test_two_instances_side_by_side(grafted: Grafted, tmp_path: Path, web: Container) -> None:
     other = Instance(tmp_path)
     other.mount()

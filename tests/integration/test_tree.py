@@ -319,6 +319,31 @@ def test_mv_renames_while_it_runs(tree: Path, web: Container) -> None:
     assert done.returncode == 0
 
 
+def test_mv_is_not_noticed_inside(tree: Path, web: Container, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("bound\n")
+    os.chmod(tmp_path, 0o755)
+    os.mkdir(web / "db")
+    web.write("binds", f"/mnt {tmp_path} ro")
+    look = "cat /mnt/file; ls -d db; cat db/init /proc/self/mountinfo /proc/self/cgroup; stat -c '%i %u %a' . db kmsg; hostname"
+    web.run("mkdir -p /tmp/work; echo kept > /tmp/work/file")
+    web.start("sh", "-c", "cd /sys/namespaces; exec < kmsg 3> kmsg; while ! [ -e /tmp/go ]; do "
+              "sleep 0.02; done; echo '<5>after' >&3; cat; echo done")  # fmt: skip
+    before = web.run(f"cd /sys/namespaces; {look}")
+    kmsg = os.open(web / "kmsg", os.O_RDONLY)
+    try:
+        os.rename(web.path, tree / "shop")
+        shop = Container(tree / "shop")
+        assert shop.run(f"cd /sys/namespaces; {look}") == before
+        shop.run(": > /tmp/go")
+        wait_until(lambda: shop.read("output").endswith("done\n"), "it goes on")
+        # What was open inside and outside is the same log.
+        assert b";after\n" in os.read(kmsg, 4096)
+        assert ";after\n" in shop.read("output")
+        assert shop.run("cat /tmp/work/file") == "kept\n"
+    finally:
+        os.close(kmsg)
+
+
 def test_nested_from_inside(web: Container) -> None:
     out = web.run(
         """
