@@ -96,10 +96,10 @@ INSIDE = {
     "poll-kmsg": "last('/dev/kmsg'); poll(select.POLLIN)",
     "select-kmsg": "last('/dev/kmsg'); select.select([fd], [], [])",
     "epoll-kmsg": "last('/dev/kmsg'); epoll(select.EPOLLIN)",
-    "poll-state": "snapshot('state'); poll(select.POLLPRI)",
-    "select-state": "snapshot('state'); select.select([], [], [fd])",
-    "poll-output": "snapshot('db/output'); poll(select.POLLIN)",
-    "poll-nested": "snapshot('db/state'); poll(select.POLLPRI)",
+    "poll-state": "[poll(select.POLLPRI) for _ in snapshots('state')]",
+    "select-state": "[select.select([], [], [fd]) for _ in snapshots('state')]",
+    "poll-output": "[poll(select.POLLIN) for _ in snapshots('db/output')]",
+    "poll-nested": "[poll(select.POLLPRI) for _ in snapshots('db/state')]",
 }
 PROGRAM = f"""
 import ctypes, os, select, signal, time
@@ -110,10 +110,14 @@ def last(path):
     fd = os.open(path, os.O_RDONLY)
     if path == '/dev/kmsg':
         os.lseek(fd, 0, os.SEEK_END)
-def snapshot(name):
+def snapshots(name):
     global fd
     fd = os.open('/sys/namespaces/' + name, os.O_RDONLY)
-    while os.read(fd, 4096): pass
+    # What was under way changes it once more.
+    while True:
+        os.lseek(fd, 0, os.SEEK_SET)
+        while os.read(fd, 4096): pass
+        yield
 def poll(events):
     each = select.poll(); each.register(fd, events); each.poll()
 def epoll(events):
@@ -160,14 +164,17 @@ def polling(path: Path, how: str, events: int) -> Callable[[], object]:
 
     def action() -> None:
         fd = os.open(path, os.O_RDONLY)
-        while os.read(fd, 65536):
-            pass
-        if how == "select":
-            select.select([fd] if events == select.POLLIN else [], [], [fd])
-        else:
-            each = select.poll() if how == "poll" else select.epoll()
-            each.register(fd, events)
-            each.poll()
+        # What was under way changes it once more.
+        while True:
+            os.lseek(fd, 0, os.SEEK_SET)
+            while os.read(fd, 65536):
+                pass
+            if how == "select":
+                select.select([fd] if events == select.POLLIN else [], [], [fd])
+            else:
+                each = select.poll() if how == "poll" else select.epoll()
+                each.register(fd, events)
+                each.poll()
 
     return action
 

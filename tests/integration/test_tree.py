@@ -324,7 +324,10 @@ def test_mv_is_not_noticed_inside(tree: Path, web: Container, tmp_path: Path) ->
     os.chmod(tmp_path, 0o755)
     os.mkdir(web / "db")
     web.write("binds", f"/mnt {tmp_path} ro")
-    look = "cat /mnt/file; ls -d db; cat db/init /proc/self/mountinfo /proc/self/cgroup; stat -c '%i %u %a' . db kmsg; hostname"
+    look = (
+        "cat /mnt/file; ls -d db; cat db/init /proc/self/mountinfo /proc/self/cgroup; "
+        "stat -c '%i %u %a' . db kmsg; hostname"
+    )
     web.run("mkdir -p /tmp/work; echo kept > /tmp/work/file")
     web.start("sh", "-c", "cd /sys/namespaces; exec < kmsg 3> kmsg; while ! [ -e /tmp/go ]; do "
               "sleep 0.02; done; echo '<5>after' >&3; cat; echo done")  # fmt: skip
