@@ -106,9 +106,15 @@ class Value(OpenFile):
         keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
         await self._look_again()
         assert self.entry.show is not None
-        text: Any = self.entry.show(self.face, *keyed)
-        if not isinstance(text, str | bytes):
-            text = await text
+        try:
+            text: Any = self.entry.show(self.face, *keyed)
+            if not isinstance(text, str | bytes):
+                text = await text
+        except (FileNotFoundError, ProcessLookupError) as error:
+            if self.view is None:
+                raise
+            # Between that look and this; an init that has ended may not have been reaped yet.
+            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
         return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
 
     async def _look_again(self) -> None:
