@@ -47,7 +47,7 @@ def measure(best: str, packets: int) -> dict[str, float]:
         found = {}
         for name, to in (("in", "10.9.0.1"), ("forward", "10.9.1.9")):
             words = ["python3", "-c", SEND, to, str(packets)]
-            enter = ["nsenter", f"--net=/proc/{net.helper.pid}/ns/net"]
+            enter = ["nsenter", f"--net=/proc/{net.sender_host.pid}/ns/net"]
             done = subprocess.run([*enter, *words], check=True, capture_output=True, text=True)
             found[name] = float(done.stdout)
         subprocess.run(["rm", "-rf", str(base / "tree/a")], check=True)

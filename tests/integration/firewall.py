@@ -72,18 +72,20 @@ class Net:
     name: str
     pid: int
     container: Container | None = None
-    helper: subprocess.Popen[bytes] = field(init=False)
+    sender_host: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.helper = subprocess.Popen(["unshare", "-n", "sleep", "1000"], start_new_session=True)
+        self.sender_host = subprocess.Popen(
+            ["unshare", "-n", "sleep", "1000"], start_new_session=True
+        )
         # unshare(1) has made it once it executes sleep(1).
         while True:
-            with open(f"/proc/{self.helper.pid}/comm") as file:
+            with open(f"/proc/{self.sender_host.pid}/comm") as file:
                 if file.read() == "sleep\n":
                     break
         for number in (0, 1):
             run(
-                self.helper.pid,
+                self.sender_host.pid,
                 f"""
                 ip link add h{number} type veth peer name eth{number}
                 ip link set eth{number} netns {self.pid}
@@ -102,7 +104,7 @@ class Net:
                 """,
             )
         run(self.pid, "sysctl -qw net.ipv4.ip_forward=1; ip link set lo up")
-        run(self.helper.pid, "ip route add 10.9.1.9/32 via 10.9.0.1; ip link set lo up")
+        run(self.sender_host.pid, "ip route add 10.9.1.9/32 via 10.9.0.1; ip link set lo up")
 
     def rules(self, chains: Iterable[str] = CHAINS, ports: str = "5000-5999") -> None:
         """Log what passes each of the chains."""
@@ -117,9 +119,9 @@ class Net:
         run(self.pid, f"nft -f - <<'X'\n{text}\nX")
 
     def close(self) -> None:
-        """Take the helper away, and with it the interfaces."""
-        self.helper.kill()
-        self.helper.wait()
+        """Take the senders' host away, and with it the interfaces."""
+        self.sender_host.kill()
+        self.sender_host.wait()
 
 
 def traffic(nets: Iterable[Net], count: int, pace_s: float) -> Counter[str]:
@@ -130,8 +132,8 @@ def traffic(nets: Iterable[Net], count: int, pace_s: float) -> Counter[str]:
     running = []
     for net in nets:
         running += [
-            sender(net.helper.pid, "10.9.0.1", 5001, count, pace_s),
-            sender(net.helper.pid, "10.9.1.9", 5002, count, pace_s),
+            sender(net.sender_host.pid, "10.9.0.1", 5001, count, pace_s),
+            sender(net.sender_host.pid, "10.9.1.9", 5002, count, pace_s),
         ]
         if net.container is None:
             running.append(sender(net.pid, "10.9.0.9", 5003, count, pace_s))

@@ -83,7 +83,7 @@ def test_the_case_of_2010(instance: Instance, web: Container, tmp_path: Path) ->
         running = []
         for net in nets:
             code = SEND.format(count=COUNT)
-            enter = ["nsenter", f"--net=/proc/{net.helper.pid}/ns/net", "python3", "-c", code]
+            enter = ["nsenter", f"--net=/proc/{net.sender_host.pid}/ns/net", "python3", "-c", code]
             running.append(subprocess.Popen(enter))
         for each in running:
             assert each.wait(DEADLINE_S) == 0

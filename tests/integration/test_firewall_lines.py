@@ -153,7 +153,7 @@ def test_ipv6_nat_and_ingress(exact: Instance, pair: tuple[Container, Container]
             )
         traffic(nets, 5, 0.02)
         for net in nets:
-            assert sender(net.helper.pid, "fd09:0::1", 5011, 5, 0.02).wait(DEADLINE_S) == 0
+            assert sender(net.sender_host.pid, "fd09:0::1", 5011, 5, 0.02).wait(DEADLINE_S) == 0
             assert sender(net.pid, "fd09:0::2", 5012, 5, 0.02).wait(DEADLINE_S) == 0
         for net, each in zip(nets, pair, strict=True):
             kinds = ("ingress", "after-dnat", "in-dnat", "out-dnat", "after-snat", "in6", "out6")
@@ -173,15 +173,15 @@ def test_a_bridge(exact: Instance, pair: tuple[Container, Container]) -> None:
                 f"""
                 ip link add br0 type bridge
                 ip addr add 10.8.0.1/24 dev br0
-                ip link add p0 type veth peer name q0 netns {net.helper.pid}
-                ip link add p1 type veth peer name q1 netns {net.helper.pid}
+                ip link add p0 type veth peer name q0 netns {net.sender_host.pid}
+                ip link add p1 type veth peer name q1 netns {net.sender_host.pid}
                 ip link set p0 master br0 up; ip link set p1 master br0 up; ip link set br0 up
                 ip neigh add 10.8.0.9 lladdr 02:00:00:00:00:09 dev br0
                 nft -f - <<'X'\ntable bridge t {{\n{script}\n}}\nX
                 """,
             )
             run(
-                net.helper.pid,
+                net.sender_host.pid,
                 """
                 ip link set q0 up; ip link set q1 up; ip addr add 10.8.0.2/24 dev q0
                 ip neigh add 10.8.0.9 lladdr 02:00:00:00:00:09 dev q0
@@ -194,8 +194,8 @@ def test_a_bridge(exact: Instance, pair: tuple[Container, Container]) -> None:
             )
         for net in nets:
             for pid, to, port in (
-                (net.helper.pid, "10.8.0.9", 5020),
-                (net.helper.pid, "10.8.0.1", 5021),
+                (net.sender_host.pid, "10.8.0.9", 5020),
+                (net.sender_host.pid, "10.8.0.1", 5021),
                 (net.pid, "10.8.0.9", 5022),
             ):
                 assert sender(pid, to, port, 5, 0.02).wait(DEADLINE_S) == 0
@@ -415,7 +415,7 @@ def test_an_interface_that_moves(exact: Instance, pair: tuple[Container, Contain
         for name, each in (("a", a), ("b", b)):
             rule = f"iptables -A INPUT -p udp --dport 5001 -j LOG --log-prefix {name}-in:\\ "
             run(each.init, rule)
-        assert sender(net.helper.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
+        assert sender(net.sender_host.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
         assert settle(exact, a, 5) == {"a-in": 5}
         run(
             a.init,
@@ -425,7 +425,7 @@ def test_an_interface_that_moves(exact: Instance, pair: tuple[Container, Contain
                 ip addr add 10.9.0.1/24 dev eth0; ip link set eth0 up'
             """,
         )
-        assert sender(net.helper.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
+        assert sender(net.sender_host.pid, "10.9.0.1", 5001, 5, 0.01).wait(DEADLINE_S) == 0
         assert settle(exact, b, 5) == {"b-in": 5}
         assert prefixes(kernel(a)) == {"a-in": 5}
 

@@ -297,7 +297,7 @@ def test_a_flood_of_syns(tiered: Instance, boxes: tuple[Container, Container]) -
         run(a.init, "sysctl -qw net.ipv4.tcp_syncookies=1")
         a.start("python3", "-c", LISTEN)
         wait_until(lambda: "listens" in a.read("output"), "it listens")
-        words = ["nsenter", f"--net=/proc/{nets[0].helper.pid}/ns/net", "python3", "-c", SYNS]
+        words = ["nsenter", f"--net=/proc/{nets[0].sender_host.pid}/ns/net", "python3", "-c", SYNS]
         subprocess.run(words, check=True, timeout=DEADLINE_S)
         caught_up(tiered)
         where = kernel(a) if tier(tiered) == "exact" else host(tiered)
@@ -321,8 +321,8 @@ def test_a_martian(tiered: Instance, boxes: tuple[Container, Container]) -> None
         net = Net("a", a.init)
         stack.callback(net.close)
         run(a.init, "sysctl -qw net.ipv4.conf.all.log_martians=1 net.ipv4.conf.all.rp_filter=1")
-        run(net.helper.pid, "ip addr add 10.77.0.1/32 dev h0")
-        words = ["nsenter", f"--net=/proc/{net.helper.pid}/ns/net", "python3", "-c", SEND_FROM]
+        run(net.sender_host.pid, "ip addr add 10.77.0.1/32 dev h0")
+        words = ["nsenter", f"--net=/proc/{net.sender_host.pid}/ns/net", "python3", "-c", SEND_FROM]
         subprocess.run(words, check=True, timeout=DEADLINE_S)
         caught_up(tiered)
         where = kernel(a) if tier(tiered) == "exact" else host(tiered)
