@@ -100,39 +100,50 @@ async def start(container: Container, trees: Trees) -> None:
         check_mapped(trees.rootfs_fd, container)
     await map_binds(container, trees, build)
     with _listening(world.store.socket_path(container.number)) as listener:
-        container.init_pid = await world.spawner.make(
-            Recipe(
-                face=container.number,
-                hostname=overflow_hostname(container.name),
-                unshare=build.types,
-                parent_pid=None if parent.parent is None else parent.init_pid,
-                root_pid=next(
-                    (
-                        c.init_pid
-                        for c in parent.lineage()
-                        if c.own("mnt") and c.build.rootfs != "host"
+        try:
+            container.init_pid = await world.spawner.make(
+                Recipe(
+                    face=container.number,
+                    hostname=overflow_hostname(container.name),
+                    unshare=build.types,
+                    parent_pid=None if parent.parent is None else parent.init_pid,
+                    root_pid=next(
+                        (
+                            c.init_pid
+                            for c in parent.lineage()
+                            if c.own("mnt") and c.build.rootfs != "host"
+                        ),
+                        None,
                     ),
-                    None,
-                ),
-                owner_uid=owner_uid,
-                owner_gid=owner_gid,
-                uid_map=map_in_parent(container) if "user" in build.types else (),
-                gid_map=map_in_parent(container) if "user" in build.types else (),
-                root_uid=container.root_uid,
-                cgroup=container.group.path,
-                v1=container.group.v1_paths,
-                rootfs_fd=trees.rootfs_fd,
-                idmap_rootfs="user" in build.types and disk is None,
-                binds=tuple(trees.binds),
-                listen_fd=listener.fileno(),
-                clocks=_clocks(build),
-                slave=build.propagation == "slave",
-                syslog=build.seccomp == "notify",
-                joins=tuple(pods.joins(container)),
+                    owner_uid=owner_uid,
+                    owner_gid=owner_gid,
+                    uid_map=map_in_parent(container) if "user" in build.types else (),
+                    gid_map=map_in_parent(container) if "user" in build.types else (),
+                    root_uid=container.root_uid,
+                    cgroup=container.group.path,
+                    v1=container.group.v1_paths,
+                    rootfs_fd=trees.rootfs_fd,
+                    idmap_rootfs="user" in build.types and disk is None,
+                    binds=tuple(trees.binds),
+                    listen_fd=listener.fileno(),
+                    clocks=_clocks(build),
+                    slave=build.propagation == "slave",
+                    syslog=build.seccomp == "notify",
+                    joins=tuple(pods.joins(container)),
+                )
             )
-        )
+        except OSError as error:
+            if _clocks(build) and error.errno == errno.EINVAL:
+                raise _no_clocks() from error
+            raise
     if _clocks(build) and not namespaces.joined_by_exec(container.init_pid):
-        raise OSError(errno.EOPNOTSUPP, "this kernel does not join a time namespace by exec")
+        raise _no_clocks()
+
+
+def _no_clocks() -> OSError:
+    # Before Linux 6.2 or so a process whose children shall be in another time namespace can neither
+    # join that by exec nor clone one that shares its memory (EINVAL).
+    return OSError(errno.EOPNOTSUPP, "this kernel does not join a time namespace by exec")
 
 
 def _clocks(build: Build) -> str:
