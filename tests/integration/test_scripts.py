@@ -348,7 +348,13 @@ def test_leftovers_fail_the_session(tmp_path: Path) -> None:
     body = f"""
 def test_it():
     with open({str(tmp_path / "pid")!r}, "w") as file:
-        file.write(str(os.spawnv(os.P_NOWAIT, {str(sleep)!r}, ["sleep", "1000"])))
+        pid = os.spawnv(os.P_NOWAIT, {str(sleep)!r}, ["sleep", "1000"])
+        file.write(str(pid))
+    # It is known by the name that it has once it is executed.
+    name = ""
+    while name != "nsfs-left\\n":
+        with open(f"/proc/{{pid}}/comm") as file:
+            name = file.read()
 """
     try:
         status, out = run_probe(tmp_path, body)
@@ -363,6 +369,7 @@ def test_it():
 def test_ci_run_passes_the_exit_status_on(clone: Path) -> None:
     """Of the tests here, then of those on another kernel; only that these take too long is no
     failure."""
+    (clone / "scripts/vm").write_text("#!/bin/sh\nexit 0\n")
     for here, there, expected in ((0, 0, 0), (3, 0, 3), (0, 1, 1), (0, 124, 0), (0, 125, 125)):
         (clone / "scripts/test").write_text(
             '#!/bin/sh\necho "$CI $NSFS_MUST_RUN $1"; cat; '
@@ -370,7 +377,8 @@ def test_ci_run_passes_the_exit_status_on(clone: Path) -> None:
         )
         status, out, err = run("bash", clone / ".ci/run")
         assert status == expected
-        assert out == "true 1 \n" + ("" if here else "true 1 --vm\n")
+        attempts = 0 if here else 2 if expected else 1
+        assert out == "true 1 \n" + "true 1 --vm\n" * attempts
         assert ("too slow" in err) == (there == 124)
 
 
