@@ -50,7 +50,7 @@ def busybox_tree(path: Path) -> Path:
     """A root filesystem with nothing but busybox, of uid 0."""
     if BUSYBOX is None:
         pytest.skip("no busybox here")
-    for name in ("bin", "etc", "tmp", "work"):
+    for name in ("bin", "etc", "tmp", "srv"):
         (path / name).mkdir(parents=True)
     shutil.copy(BUSYBOX, path / "bin" / "busybox")
     subprocess.run([path / "bin/busybox", "--install", "-s", path / "bin"], check=True)
@@ -73,7 +73,7 @@ def rootfs(hidden: Path) -> Path:
 def test_rootfs_is_the_tree_and_nothing_of_the_host(web: Container, rootfs: Path) -> None:
     web.write("rootfs", str(rootfs))
     assert web.read("rootfs") == f"{rootfs}\n"
-    assert set(web.run("ls /").split()) == {"bin", "etc", "tmp", "work", "dev", "proc", "sys"}
+    assert set(web.run("ls /").split()) == {"bin", "etc", "tmp", "srv", "dev", "proc", "sys"}
     assert web.run("cat /etc/mark; id -u; hostname") == "the tree\n0\nweb\n"
     assert web.run("ls /sys/namespaces/state; test -c /dev/null && echo null") == (
         "/sys/namespaces/state\nnull\n"
@@ -85,8 +85,8 @@ def test_what_is_made_inside_belongs_to_ids_of_the_host_on_disk(
     web: Container, rootfs: Path
 ) -> None:
     web.write("rootfs", str(rootfs))
-    web.run("echo x > /work/roots; echo x > /work/users; chown 1000:1001 /work/users")
-    roots, users = os.stat(rootfs / "work/roots"), os.stat(rootfs / "work/users")
+    web.run("echo x > /srv/roots; echo x > /srv/users; chown 1000:1001 /srv/users")
+    roots, users = os.stat(rootfs / "srv/roots"), os.stat(rootfs / "srv/users")
     assert (roots.st_uid, roots.st_gid) == (0, 0)
     assert (users.st_uid, users.st_gid) == (1000, 1001)
     # A process that makes them is somebody else all the same.
@@ -97,11 +97,11 @@ def test_what_is_made_inside_belongs_to_ids_of_the_host_on_disk(
 
 def test_setuid_programs_left_in_a_tree_cannot_be_reached(web: Container, rootfs: Path) -> None:
     web.write("rootfs", str(rootfs))
-    web.run("cp /bin/busybox /work/su; chmod 4755 /work/su")
-    assert os.stat(rootfs / "work/su").st_mode & 0o4000
-    assert os.stat(rootfs / "work/su").st_uid == 0
+    web.run("cp /bin/busybox /srv/su; chmod 4755 /srv/su")
+    assert os.stat(rootfs / "srv/su").st_mode & 0o4000
+    assert os.stat(rootfs / "srv/su").st_uid == 0
     done = subprocess.run(
-        [*AS_NOBODY, rootfs / "work/su", "id"],
+        [*AS_NOBODY, rootfs / "srv/su", "id"],
         capture_output=True,
         check=False,
     )
@@ -522,12 +522,12 @@ def test_a_writer_with_mounts_of_its_own(web: Container, hidden: Path) -> None:
 
 
 def test_a_writer_with_a_root_of_its_own(web: Container, rootfs: Path, hidden: Path) -> None:
-    """What it calls /work is not what the host does; nor is its working directory looked at."""
+    """What it calls /srv is not what the host does; nor is its working directory looked at."""
     (rootfs / "etc" / "only-here").mkdir()
     os.mkdir("/var/tmp/nsfs-view")
     try:
         for path in ("/etc", "/etc/only-here", "/var/tmp/nsfs-view"):
-            script = f'exec 3> {web / "binds"}; exec chroot {rootfs} /bin/sh -c "cd /work; $0"'
+            script = f'exec 3> {web / "binds"}; exec chroot {rootfs} /bin/sh -c "cd /srv; $0"'
             done = subprocess.run(
                 ["sh", "-c", script, f"echo '/mnt {path} ro' >&3"],
                 capture_output=True,

@@ -328,7 +328,7 @@ def test_mv_is_not_noticed_inside(tree: Path, web: Container, tmp_path: Path) ->
         "cat /mnt/file; ls -d db; cat db/init /proc/self/mountinfo /proc/self/cgroup; "
         "stat -c '%i %u %a' . db kmsg; hostname"
     )
-    web.run("mkdir -p /tmp/work; echo kept > /tmp/work/file")
+    web.run("mkdir -p /tmp/kept; echo kept > /tmp/kept/file")
     web.start("sh", "-c", "cd /sys/namespaces; exec < kmsg 3> kmsg; while ! [ -e /tmp/go ]; do "
               "sleep 0.02; done; echo '<5>after' >&3; cat; echo done")  # fmt: skip
     before = web.run(f"cd /sys/namespaces; {look}")
@@ -342,7 +342,7 @@ def test_mv_is_not_noticed_inside(tree: Path, web: Container, tmp_path: Path) ->
         # What was open inside and outside is the same log.
         assert b";after\n" in os.read(kmsg, 4096)
         assert ";after\n" in shop.read("output")
-        assert shop.run("cat /tmp/work/file") == "kept\n"
+        assert shop.run("cat /tmp/kept/file") == "kept\n"
     finally:
         os.close(kmsg)
 
