@@ -15,6 +15,15 @@ RUN_VARIABLE = "NSFS_TEST_RUN"
 # What is on its way out when the last test ends: killed processes, lazily detached mounts.
 LEAVE_S = 25.0 if os.environ.get("NSFS_VM") == "1" else 5.0
 
+UNIT = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests mount and make namespaces, but for those of units."""
+    if os.geteuid() != 0 and any(UNIT not in item.path.parents for item in items):
+        raise pytest.UsageError("all tests but those of tests/unit need root: sudo scripts/test")
+
+
 # --- a skipped test has failed, where NSFS_MUST_RUN says so ---
 
 

@@ -36,11 +36,6 @@ INIT = 32 + 40  # struct inflight_head
 LANDING = takeover._FIRST_SLOT - takeover._SLOT_BYTES
 PR_SET_CHILD_SUBREAPER = 36
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK) or not SUPERVISOR.exists(),
-    reason="needs root, /dev/fuse and the built programs",
-)
-
 
 @pytest.mark.parametrize(
     "scenario",

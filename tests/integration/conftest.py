@@ -283,6 +283,16 @@ def web(tree: Path) -> Container:
     return Container(path)
 
 
+@pytest.fixture
+def on_root() -> Iterator[Path]:
+    """A directory on the host's root filesystem that stays visible in containers."""
+    places = ("/opt", "/usr/local", "/")
+    place = next(each for each in places if os.stat(each).st_dev == os.stat("/").st_dev)
+    with tempfile.TemporaryDirectory(prefix="nsfs-test-", dir=place) as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
 def readable(fd: int, timeout_s: float) -> bool:
     """Whether a descriptor becomes readable in time."""
     poll = select.poll()

@@ -23,12 +23,12 @@ from pathlib import Path
 import pytest
 
 from nsfs.spawner import LIBEXEC
+from tests.programs import program
 
 from .conftest import Container, Instance, serving, wait_until, write
 
 ALICE, BOB, STAFF = 4001, 4002, 4100
 ENTER = str(LIBEXEC / "nsfs-enter")
-BUSYBOX = shutil.which("busybox")
 NS_GET_OWNER_UID = 0xB704
 
 
@@ -334,10 +334,8 @@ def home() -> Iterator[Path]:
 
 
 def small_tree(path: Path, uid: int) -> Path:
-    if BUSYBOX is None:
-        pytest.skip("no busybox here")
     (path / "bin").mkdir(parents=True)
-    shutil.copy(BUSYBOX, path / "bin/sh")
+    shutil.copy(program("busybox"), path / "bin/sh")
     for each in (path, path / "bin", path / "bin/sh"):
         os.chown(each, uid, uid)
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsfs.spawner import LIBEXEC
+from tests.programs import program
 
 from .conftest import Container, wait_until
 from .terminal import terminal
@@ -25,8 +26,7 @@ def link(
     tree: Path, container: Container, text: str, ln: str = "ln", name: str = "", **options: object
 ) -> subprocess.CompletedProcess[str]:
     """Run a script by the ln session."""
-    if not shutil.which(ln.split()[0]):
-        pytest.skip(f"no {ln}")
+    program(ln.split()[0])
     return subprocess.run(
         [*ln.split(), str(tree / "procs/self"), f"{container.path}/procs/{name}"],
         input=text,
@@ -50,7 +50,7 @@ def test_a_program_called_otherwise_is_recognised_by_its_file(
 ) -> None:
     shutil.copy("/usr/bin/ln", tmp_path / "gln")
     assert link(tree, web, "exit 3", str(tmp_path / "gln")).returncode == 3
-    os.symlink(shutil.which("busybox") or "/bin/busybox", tmp_path / "ln")
+    os.symlink(program("busybox"), tmp_path / "ln")
     assert link(tree, web, "exit 4", str(tmp_path / "ln")).returncode == 4
     # A copy by another name is no ln: it is moved in place, which is refused.
     shutil.copy("/usr/bin/ln", tmp_path / "other")
@@ -161,8 +161,9 @@ def test_in_part_it_is_listed_counted_and_killed(tree: Path, web: Container) -> 
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        # The shell, and in a moment what it executes.
+        wait_until(lambda: len(os.listdir(web / "procs")) == 2, "it sleeps")
         names = os.listdir(web / "procs")
-        assert len(names) == 2
         assert all(name.endswith(":net,uts") for name in names)
         assert web.state()["procs"] == "2"
         assert all(name.split(":")[0] in os.listdir(tree / "procs") for name in names)

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 
 from nsfs.spawner import LIBEXEC
+from tests.programs import program
 
 from .conftest import Container, wait_until
 from .terminal import Terminal, terminal
 
 DEADLINE_S = 30.0
 PORT = 2222
-SSHD = "/usr/sbin/sshd"
 USERS = """\
 root:*:0:0:root:/root:/bin/sh
 sshd:*:102:65534::/run/sshd:/usr/sbin/nologin
@@ -89,7 +89,7 @@ class Host:
         (directory / "config").write_text(CONFIGURATION.format(port=PORT, directory=directory))
         (directory / "nsfs.conf").write_text("[log]\nfirewall_log = off\n")
         self.log = directory / "log"
-        script = BEGIN.format(directory=directory, group=self.group, sshd=SSHD)
+        script = BEGIN.format(directory=directory, group=self.group, sshd=program("sshd"))
         with self.log.open("w") as log:
             self.shell = subprocess.Popen(
                 ["unshare", "-m", "--propagation", "private", "sh", "-c", script],
@@ -146,8 +146,6 @@ class Host:
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     """A host on which one can log in."""
-    if not os.access(SSHD, os.X_OK):
-        pytest.skip("no sshd")
     # Not below pytest's own, which each run of pytest closes to other users.
     with tempfile.TemporaryDirectory(prefix="nsfs-", dir="/tmp") as base:
         os.chmod(base, 0o755)
@@ -287,9 +285,7 @@ def test_the_daemon_may_die_meanwhile(host: Host) -> None:
 
 
 def test_login(host: Host) -> None:
-    if not shutil.which("login"):
-        pytest.skip("no login")
-    with terminal(*host.inside("setsid", "-c", "-w", "login", "-f", "web")) as outer:
+    with terminal(*host.inside("setsid", "-c", "-w", program("login"), "-f", "web")) as outer:
         outer.run("hostname; id -u; tty", r"web\r\n0\r\n/dev/pts/\d+\r")
         # As a login shell: /etc/profile was read.
         outer.run('echo "<$0>"', r"<-?/?(bin/)?sh>")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import program
+
 TOP = Path(__file__).parents[2]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="scripts/setup is for root")
 
 
 def run(*command: str | Path, timeout_s: float = 50, **settings: str) -> tuple[int, str, str]:
@@ -126,9 +126,9 @@ def programs_without(directory: Path, *absent: str, **instead: str) -> str:
     """A PATH of one directory: the system's programs but some, and shell scripts for others."""
     directory.mkdir()
     for source in map(Path, PATH.split(":")[2:4]):
-        for program in source.iterdir():
-            if program.name not in absent and not (directory / program.name).is_symlink():
-                (directory / program.name).symlink_to(program)
+        for each in source.iterdir():
+            if each.name not in absent and not (directory / each.name).is_symlink():
+                (directory / each.name).symlink_to(each)
     for name, script in instead.items():
         (directory / name).unlink(missing_ok=True)
         (directory / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -325,6 +325,13 @@ def test_skip_fails_where_everything_must_run(tmp_path: Path) -> None:
     assert "skipped, but NSFS_MUST_RUN=1: " in out
 
 
+def test_without_root_there_is_one_sentence(tmp_path: Path) -> None:
+    status, out = run_probe(tmp_path, "os.geteuid = lambda: 1000\ndef test_it(): pass")
+    assert status == 4
+    assert "ERROR: all tests but those of tests/unit need root: sudo scripts/test\n" in out
+    assert "passed" not in out
+
+
 def test_log_lines_fail_the_test_unless_expected(tmp_path: Path) -> None:
     body = """
 def test_unexpected(): logging.getLogger("x").warning("it %s", "broke")
@@ -386,14 +393,12 @@ def test_ci_run_passes_the_exit_status_on(clone: Path) -> None:
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("no systemd here")
-    program = tmp_path / "nsfs"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
+    command = tmp_path / "nsfs"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
     unit = (TOP / "systemd/nsfs.service").read_text()
-    (tmp_path / "nsfs.service").write_text(unit.replace("=/usr/local/bin/nsfs ", f"={program} "))
-    _, out, err = run("systemd-analyze", "verify", "--man=no", tmp_path / "nsfs.service")
+    (tmp_path / "nsfs.service").write_text(unit.replace("=/usr/local/bin/nsfs ", f"={command} "))
+    _, out, err = run(program("systemd-analyze"), "verify", "--man=no", tmp_path / "nsfs.service")
     assert "nsfs.service" not in out + err
 
 

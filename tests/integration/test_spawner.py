@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,8 @@ import pytest
 import trio
 
 from nsfs.init import Command, Init
-from nsfs.spawner import CLONE_NEW, Recipe, Spawner
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+from nsfs.spawner import CLONE_NEW, LIBEXEC, Recipe, Spawner
+from tests.programs import program
 
 ALL = frozenset(CLONE_NEW)
 FIRST_ID = 0x70000000
@@ -112,8 +112,10 @@ class Made:
 class Rig:
     """A spawner with all that it needs."""
 
-    def __init__(self, top: Path, group: Path, v1: Sequence[Path]) -> None:
+    def __init__(self, top: Path, group: Path, v1: Sequence[Path], root: Path) -> None:
         self.top, self.group, self.v1 = top, group, v1
+        self.root = root
+        """Where the root filesystem is mounted that the spawner takes for the host's."""
         self.tree = top / "tree"
         self.numbers = itertools.count(1)
         self.spawner: Spawner
@@ -198,17 +200,66 @@ class Rig:
                 await trio.sleep(0.005)
 
 
+NO_OPEN_TREE_ATTR = f"""\
+#!{sys.executable} -I
+import ctypes, os, struct, sys
+rows = (0x20, 0, 0, 0), (0x15, 0, 1, 467), (0x06, 0, 0, 0x50000 | {errno.ENOSYS}), (0x06, 0, 0, 0x7fff0000)
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *row) for row in rows))
+prog = ctypes.create_string_buffer(struct.pack("@HP", len(rows), ctypes.addressof(code)))
+if ctypes.CDLL(None).prctl(22, 2, prog):
+    sys.exit("PR_SET_SECCOMP")
+os.execv("{LIBEXEC}/nsfs-spawner", sys.argv)
+"""
+"""Linux before 6.15 cannot replace an idmap."""
+ON_OVERLAYFS = """\
+#!/bin/sh
+PATH=/usr/sbin:/usr/bin:/sbin:/bin exec unshare -m --propagation private sh -ec '
+    cd {root}
+    for each in dev proc sys; do mount --rbind /$each $each; done
+    for each in {libexec} "$2"; do
+        mkdir -p .$each
+        mount --bind $each .$each
+    done
+    pivot_root . mnt
+    umount -l /mnt
+    exec {libexec}/nsfs-spawner "$@"' sh "$@"
+"""
+"""Nothing on overlayfs can be idmapped."""
+
+
+def starter(top: Path, host: str) -> tuple[Path, Path]:
+    """For a host of that kind: the directory of a spawner, and where its root filesystem is."""
+    if not host:
+        return LIBEXEC, Path("/")
+    libexec, root = top / "libexec", Path("/")
+    script = NO_OPEN_TREE_ATTR
+    if host == "on overlayfs":
+        subprocess.run(["mount", "-t", "tmpfs", "none", top / "layers"], check=True)
+        for name in ("upper", "work", "root"):
+            (top / "layers" / name).mkdir()
+        root = top / "layers/root"
+        layers = f"lowerdir=/,upperdir={top}/layers/upper,workdir={top}/layers/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", layers, "none", root], check=True)
+        script = ON_OVERLAYFS.format(root=root, libexec=LIBEXEC)
+    libexec.mkdir()
+    (libexec / "nsfs-spawner").write_text(script)
+    (libexec / "nsfs-spawner").chmod(0o755)
+    return libexec, root
+
+
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """On the host as it is, or with a parameter on one of that kind."""
     v2 = hierarchy("cgroup2")
-    if v2 is None:
-        pytest.skip("no cgroup2 hierarchy is mounted")
+    assert v2, "no cgroup2 hierarchy is mounted"
     name = f"nsfs-test-{os.getpid()}-spawner"
     v1 = [
         path / name for path in (hierarchy("cgroup", each) for each in ("pids", "memory")) if path
     ]
     top = Path(tempfile.mkdtemp(prefix="nsfs-spawner-"))
-    made = Rig(top, v2 / name, v1)
+    (top / "layers").mkdir()
+    libexec, root = starter(top, getattr(request, "param", ""))
+    made = Rig(top, v2 / name, v1, root)
     made.tree.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "none", made.tree], check=True)
     (made.tree / ".f").mkdir(mode=0o700)
@@ -216,7 +267,7 @@ async def rig() -> AsyncIterator[Rig]:
         path.mkdir()
     try:
         async with trio.open_nursery() as nursery:
-            made.spawner = await Spawner.start(nursery, str(made.tree))
+            made.spawner = await Spawner.start(nursery, str(made.tree), libexec)
             with trio.fail_after(2 * DEADLINE_S):
                 yield made
             await made.spawner.aclose()
@@ -230,6 +281,8 @@ async def rig() -> AsyncIterator[Rig]:
                     if each.is_dir():
                         await _removed(each)
             subprocess.run(["umount", made.tree], check=True)
+            if root != Path("/"):
+                subprocess.run(["umount", root, top / "layers"], check=True)
             shutil.rmtree(top)
 
 
@@ -243,17 +296,6 @@ async def _removed(group: Path) -> None:
                 if error.errno != errno.EBUSY:
                     raise
                 await trio.sleep(0.005)
-
-
-@pytest.fixture
-def on_root() -> Iterator[Path]:
-    """A directory on the host's root filesystem that stays visible in containers."""
-    for place in ("/opt", "/usr/local", "/"):
-        if os.stat(place).st_dev == os.stat("/").st_dev:
-            with tempfile.TemporaryDirectory(prefix="nsfs-test-", dir=place) as path:
-                os.chmod(path, 0o755)
-                yield Path(path)
-            return
 
 
 def fds_of(pid: int) -> int:
@@ -384,30 +426,59 @@ int main(int argc, char **argv)
 """
 
 
+@pytest.mark.parametrize("rig", ["", "on overlayfs"], indirect=True)
 async def test_host_sockets_are_out_of_reach(
     rig: Rig, on_root: Path, probe: Callable[[str], int]
 ) -> None:
-    if "idmapped_root" not in await rig.spawner.features():
-        pytest.skip("the root filesystem cannot be idmapped")
-    program = probe(CONNECT)
+    """Where the root filesystem can be idmapped; else their modes say who may connect to them."""
+    mapped = "idmapped_root" in await rig.spawner.features()
+    assert not mapped or rig.root == Path("/")
+    connect_fd = probe(CONNECT)
     made = await rig.make()
     inner = await rig.make(made)
+    place = rig.root / on_root.relative_to("/")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(on_root / "socket"))
+        server.bind(str(place / "socket"))
         server.listen()
-        os.chmod(on_root / "socket", 0o777)
-        os.mkfifo(on_root / "fifo")
-        os.chmod(on_root / "fifo", 0o777)
-        for each in (made, inner):
-            for name in ("socket", "fifo"):
-                command = ("/proc/self/fd/3", str(on_root / name))
-                status, output = await each.run(command, program)
-                assert status == 0
-                results = output.split()
-                assert results[1] == str(errno.EACCES)
-                if name == "socket":
-                    assert results[0] == str(errno.EACCES)
-    os.close(program)
+        os.mkfifo(place / "fifo")
+        for mode, denied in ((0o777, mapped), (0o700, True)):
+            for each in (made, inner):
+                for name in ("socket", "fifo"):
+                    os.chmod(place / name, mode)
+                    command = ("/proc/self/fd/3", str(on_root / name))
+                    status, output = await each.run(command, connect_fd)
+                    assert status == 0
+                    connected, opened = map(int, output.split())
+                    assert opened == (errno.EACCES if denied else errno.ENXIO)
+                    if name == "socket":
+                        assert connected == (errno.EACCES if denied else 0)
+    os.close(connect_fd)
+
+
+@pytest.mark.parametrize("rig", ["", "no open_tree_attr"], indirect=True)
+async def test_what_the_kernel_has_is_found(rig: Rig, request: pytest.FixtureRequest) -> None:
+    """On the filesystems that hosts have, but for those of containers."""
+    kind = subprocess.check_output(["stat", "-fc", "%T", "/"], text=True).strip()
+    expected = {"idmapped_root"} if kind in ("ext2/ext3", "xfs", "btrfs") else set()
+    version = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+    if expected and version >= (6, 15) and "no open_tree_attr" not in request.node.name:
+        expected.add("remapped_root")
+    assert await rig.spawner.features() == expected
+
+
+@pytest.mark.parametrize("rig", ["on overlayfs"], indirect=True)
+async def test_where_nothing_can_be_idmapped(rig: Rig, on_root: Path) -> None:
+    """The root is read-only for good, and read as whom the container's IDs are: nobody else's."""
+    assert await rig.spawner.features() == set()
+    (on_root / "open").write_text("open\n")
+    (on_root / "secret").write_text("secret\n")
+    (on_root / "secret").chmod(0o600)
+    made = await rig.make()
+    for each in (made, await rig.make(made)):
+        assert await each.says(f"cat {on_root}/open; stat -c %u {on_root}/open") == "open\n65534\n"
+        assert (await each.run(f"cat {on_root}/secret"))[0] != 0
+        for command in (f"touch {on_root}/x", "mount -o remount,bind,rw /", "touch /usr/x"):
+            assert (await each.run(command))[0] != 0, command
 
 
 async def test_devices(rig: Rig) -> None:
@@ -692,25 +763,26 @@ async def test_nested_to_the_kernels_limit(rig: Rig) -> None:
     assert (await made.run("touch /usr/x"))[0] != 0
 
 
+@pytest.mark.parametrize("rig", ["", "no open_tree_attr"], indirect=True)
 async def test_parents_tree_is_not_the_childs_to_use(
     rig: Rig, rootfs: Path, probe: Callable[[str], int]
 ) -> None:
-    """The parent's own root filesystem is shown to a nested container read-only and nobody's."""
-    if "remapped_root" not in await rig.spawner.features():
-        pytest.skip("an idmap cannot be replaced before Linux 6.15")
+    """The parent's own root filesystem is shown to a nested container read-only, and nobody's where
+    an idmap can be replaced; else it has the IDs of the parent's."""
+    remapped = "remapped_root" in await rig.spawner.features()
     parent = await rig.make(rootfs_fd=await rig.spawner.tree(0, str(rootfs)))
     await parent.says("echo secret > /etc/secret; chmod 600 /etc/secret; mkdir /var /srv /opt")
     await parent.says("echo open > /opt/open; mkfifo /opt/fifo; chmod 666 /opt/fifo")
     # The same IDs, as when slices did not last.
     child = await rig.make(parent)
     assert await child.says("cat /opt/open") == "open\n"
-    assert (await child.run("cat /etc/secret"))[0] != 0
+    assert (await child.run("cat /etc/secret"))[0] == (1 if remapped else 0)
     assert (await child.run("echo x > /opt/open"))[0] != 0
     assert (await child.run("mount -o remount,bind,rw /"))[0] != 0
-    program = probe(CONNECT)
-    _, output = await child.run(("/proc/self/fd/3", "/opt/fifo"), program)
-    assert output.split()[1] == str(errno.EACCES)
-    os.close(program)
+    connect_fd = probe(CONNECT)
+    _, output = await child.run(("/proc/self/fd/3", "/opt/fifo"), connect_fd)
+    assert int(output.split()[1]) == (errno.EACCES if remapped else errno.ENXIO)
+    os.close(connect_fd)
 
 
 async def test_hostile_parent(rig: Rig, rootfs: Path) -> None:
@@ -745,10 +817,7 @@ def rootfs(tmp_path: Path) -> Path:
     top = tmp_path / "rootfs"
     for name in ("bin", "etc", "dev", "proc", "sys", "run", "tmp"):
         (top / name).mkdir(parents=True)
-    busybox = shutil.which("busybox")
-    if busybox is None:
-        pytest.skip("no busybox")
-    shutil.copy(busybox, top / "bin/busybox")
+    shutil.copy(program("busybox"), top / "bin/busybox")
     for applet in (
         "sh",
         "cat",

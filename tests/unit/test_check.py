@@ -1,9 +1,12 @@
 """scripts/check finds nothing in the source."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.programs import PACKAGES
 
 TOP = Path(__file__).parents[2]
 
@@ -29,3 +32,9 @@ def test_check_that_does_not_exist() -> None:
     ran = subprocess.run([TOP / "scripts/check", "nope"], capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr == "scripts/check: no check is called nope\n"
+
+
+def test_what_the_tests_run_is_installed() -> None:
+    """By scripts/setup --test, where a program of these is looked for."""
+    lists = re.findall(r"^\w*packages=\((.*?)^\)", (TOP / "scripts/setup").read_text(), re.M | re.S)
+    assert set(PACKAGES.values()) <= set(" ".join(lists).split())

@@ -13,7 +13,6 @@ import functools
 import io
 import os
 import re
-import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from nsfs import cli, config, namespaces, run
 from nsfs.attribute import HIDDEN, NOT_ON_ROOT, PARENTS, Directory, Link
 from nsfs.daemon import tables
 from nsfs.tree import Names, Tables
+from tests.programs import program
 
 MAN = Path(__file__).parents[2] / "man"
 PAGES = ("nsfs.5", "nsfs.8")
@@ -303,12 +303,10 @@ def test_page_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_shown_without_a_warning(name: str, tmp_path: Path) -> None:
-    if shutil.which("man") is None:
-        pytest.skip("no man(1) here")
     (tmp_path / name).write_text(built(name))
     environment = os.environ | {"LC_ALL": "C.UTF-8", "MANWIDTH": "80", "MANROFFOPT": ""}
     ran = subprocess.run(
-        ["man", "--warnings", "-E", "UTF-8", "-P", "cat", "-l", tmp_path / name],
+        [program("man"), "--warnings", "-E", "UTF-8", "-P", "cat", "-l", tmp_path / name],
         capture_output=True,
         text=True,
         env=environment,
