@@ -148,6 +148,18 @@ class Operations(pyfuse3.Operations):
         if scope is not None:
             scope.cancel()
 
+    async def _addressed(self, inode: int) -> Node:
+        """The node of an inode that the kernel has at hand; ESTALE when it is no more.
+
+        Not ENOENT: on ESTALE the kernel looks the names of a path up once more.  Those that were
+        removed by another face it would believe for a second otherwise: rm(1) would be told first
+        that there is no such directory, and then by unlink(2) that it is one.
+        """
+        try:
+            return await self.nodes.node(inode)
+        except FileNotFoundError as error:
+            raise OSError(errno.ESTALE, error.strerror, error.filename) from None
+
     def _new_token(self) -> int:
         self._token += 1
         return self._token
@@ -206,6 +218,24 @@ class Operations(pyfuse3.Operations):
         attr.st_atime_ns = attr.st_ctime_ns = attr.st_mtime_ns = mtime_ns
         return attr
 
+    def _removed_attributes(self, inode: int) -> EntryAttributes:
+        """What stat(2) says of a file of a container that was removed, to who still has it open.
+
+        It must say something: before the kernel looks for a name in a directory, if only to find
+        that there is none, it asks who may.
+        """
+        entry = self.tables.entry(inode & NUMBER_MASK)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, "it is gone", str(inode))
+        attr = EntryAttributes()
+        attr.st_ino = pyfuse3.InodeT(inode)
+        attr.generation = self.world.generation(inode)
+        attr.entry_timeout, attr.attr_timeout = 0, TIMEOUT_S
+        permissions = 0o666 if isinstance(entry, Attribute) else 0o777
+        attr.st_mode = pyfuse3.ModeT(stat.S_IFMT(entry.mode) | permissions)
+        attr.st_nlink = attr.st_size = 0
+        return attr
+
     def _process_owner(self, node: Node) -> tuple[int, int]:
         try:
             return members.owner(members.host_pid(node.face, node.key))
@@ -231,7 +261,11 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def getattr(self, inode: int, ctx: Any) -> EntryAttributes:
         """FUSE_GETATTR."""
-        return self.attributes(await self.nodes.node(inode))
+        try:
+            node = await self.nodes.node(inode)
+        except FileNotFoundError:
+            return self._removed_attributes(inode)
+        return self.attributes(node)
 
     @waiting
     async def setattr(
@@ -239,7 +273,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """FUSE_SETATTR: chmod and chown change authority, truncation is the file's own; times are
         accepted and nothing comes of them."""
-        node = await self.nodes.node(inode)
+        node = await self._addressed(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             await self._change_owner(node, attr, fields)
         if fields.update_size and isinstance(node.entry, Attribute):
@@ -309,7 +343,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """FUSE_READLINK."""
-        node = await self.nodes.node(inode)
+        node = await self._addressed(inode)
         if not isinstance(node.entry, Link):
             raise OSError(errno.EINVAL, "no link", node.entry.name)
         target = node.entry.target(node.face)
@@ -320,7 +354,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def opendir(self, inode: int, ctx: Any) -> int:
         """FUSE_OPENDIR."""
-        node = await self.nodes.node(inode)
+        node = await self._addressed(inode)
         token = self._new_token()
         self.listings[token] = Listing(node, self.processes.of(ctx.pid))
         return token
@@ -531,7 +565,7 @@ class Operations(pyfuse3.Operations):
     @waiting
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
         """FUSE_OPEN."""
-        node = await self.nodes.node(inode)
+        node = await self._addressed(inode)
         self._check_now(node, _caller(ctx), ACCESS[flags & os.O_ACCMODE])
         token = self._new_token()
         opened = open_file(self.nodes, node, token, flags, _caller(ctx))
@@ -617,7 +651,7 @@ class Operations(pyfuse3.Operations):
 
         Not ENOSYS for all others: that would be the last request of this kind.
         """
-        node = await self.nodes.node(inode)
+        node = await self._addressed(inode)
         entry = node.entry
         if name != ENTER_ATTRIBUTE or not isinstance(entry, Directory) or entry.link is None:
             raise OSError(errno.EOPNOTSUPP, "no such attribute", entry.name)

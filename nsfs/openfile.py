@@ -214,8 +214,10 @@ class Listing:
         self.rows: list[Row] = []
 
     async def rows_after(self, offset: int, nodes: Nodes) -> list[Row]:
-        """What is listed behind an offset: (offset, name, node).  What the directory has is looked
-        at again for the beginning."""
+        """What is listed behind an offset: (offset, name, node); nothing of a container that is
+        gone.  What the directory has is looked at again for the beginning."""
+        if self.node.face.container.number not in nodes.world.containers:
+            return []
         looked = not offset or not self.rows
         if looked:
             await self._look(nodes)

@@ -186,6 +186,10 @@ class Tables:
                 "one kind of entry that comes and goes is all that the numbers have room for"
             )
 
+    def entry(self, number: int) -> Entry | None:
+        """What has that number on every face that has it; None for what comes and goes."""
+        return self._by_number.get(number)
+
     def node(self, face: Any, number: int) -> Node:
         """The node of a number; FileNotFoundError when no table has it (any more)."""
         if number >= KEYED:

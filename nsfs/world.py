@@ -333,8 +333,14 @@ class World:
 
     # --- logs ---
 
+    def _check_known(self, container: Container) -> None:
+        """Whoever still has it open: a file that was made now nobody would remove."""
+        if container.number not in self.containers:
+            raise OSError(errno.ENODEV, "the container is gone", container.name)
+
     def open_log(self, container: Container) -> Log:
-        """Map a container's kernel log."""
+        """Map a container's kernel log.  ENODEV when nothing is left of the container."""
+        self._check_known(container)
         path = self.store.log_path(container.number, "log")
         size, rate, burst = loglimits.limits_of(container)
         # The root's number is 0, and no key is.
@@ -350,7 +356,8 @@ class World:
         return found
 
     def open_output(self, container: Container) -> ByteLog:
-        """Map what a container's commands printed."""
+        """Map what a container's commands printed.  ENODEV as above."""
+        self._check_known(container)
         path = self.store.log_path(container.number, "output")
         return ByteLog(memoryview(map_file(path, OUTPUT_BYTES)))
 

@@ -114,9 +114,6 @@ def test_everything_at_once(tree: Path, tmp_path: Path) -> None:
     ended(workers)
 
 
-# Slow: on a machine that is busy beside, rm(1) has once taken a directory that came back while it
-# removed for a file.
-@pytest.mark.slow
 def test_everything_at_once_within_a_container(tree: Path, tmp_path: Path) -> None:
     """The same from inside and outside, and then all of it is removed."""
     (tree / "web").mkdir()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until
+from .conftest import Container, Instance, refused, wait_until
 
 GONE_S = 10.0
 
@@ -276,6 +276,38 @@ def test_a_directory_removed_by_an_interrupted_removal_is_still_there(
             os.close(fd)
     assert web.read("defaults/unshare").split()
     subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+
+
+def test_gone_from_inside_for_who_is_removing_it_outside(
+    web: Container, instance: Instance
+) -> None:
+    """What the kernel still believes of its names misleads nobody: what is gone cannot be opened, and
+    then there is no such directory to unlink(2) either.  A name given anew leads to what has it
+    now."""
+    os.mkdir(web / "db")
+    fd, log_fd = (os.open(web / f"db{name}", os.O_RDONLY) for name in ("", "/kmsg"))
+    directory_fd = os.open("cgroup", os.O_RDONLY, dir_fd=fd)
+    try:
+        # Its attributes, but not its name, are to be asked for again.
+        assert os.listdir(directory_fd)
+        web.run("rmdir /sys/namespaces/db")
+        wait_until(
+            lambda: "db" not in [each["name"] for each in instance.records().values()],
+            "nothing is left of it",
+        )
+        refused(errno.ENOENT, lambda: os.open("cgroup", os.O_RDONLY, dir_fd=fd))
+        refused(errno.ENOENT, lambda: os.unlink("cgroup", dir_fd=fd))
+        refused(errno.ENOENT, lambda: os.rmdir("cgroup", dir_fd=fd))
+        refused(errno.ENOENT, lambda: os.open("kmsg", os.O_RDONLY, dir_fd=fd))
+        refused(errno.ESTALE, os.open, f"/proc/self/fd/{log_fd}", os.O_RDONLY)
+        assert os.fstat(log_fd).st_nlink == os.fstat(directory_fd).st_nlink == 0
+        assert os.listdir(fd) == os.listdir(directory_fd) == []
+        web.run("mkdir /sys/namespaces/db")
+        assert os.stat(web / "db").st_ino != os.fstat(fd).st_ino
+        assert Container(web / "db").state()["populated"] == "0"
+    finally:
+        for each in (fd, log_fd, directory_fd):
+            os.close(each)
 
 
 def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> None:

@@ -122,7 +122,10 @@ async def test_the_root_is_inode_1(ops: Operations) -> None:
     assert (await ops.getattr(1, CTX)).st_ino == 1
     assert "kill" not in await names(ops, 1)
     await fails(errno.ENOENT, ops.lookup, 1, b"kill", CTX)
-    await fails(errno.ENOENT, ops.getattr, 999 << 33 | 1, CTX)
+    # The directory of a container that is gone.
+    assert (await ops.getattr(999 << 33 | 1, CTX)).st_nlink == 0
+    await fails(errno.ESTALE, ops.opendir, 999 << 33 | 1, CTX)
+    await fails(errno.ENOENT, ops.lookup, 999 << 33 | 1, b"kmsg", CTX)
 
 
 async def test_a_container_has_what_its_listing_says(ops: Operations) -> None:
