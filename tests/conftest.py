@@ -8,7 +8,11 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# A busy machine is no reason to fail.
+settings.register_profile("nsfs", deadline=None)
+settings.load_profile("nsfs")
 MUST_RUN = os.environ.get("NSFS_MUST_RUN") == "1"
 # In the environment of every process that the tests start, to tell them from another run's.
 RUN_VARIABLE = "NSFS_TEST_RUN"
