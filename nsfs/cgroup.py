@@ -524,7 +524,14 @@ def signal_at(path: str, number: Signals) -> None:
 def membership(pid: int) -> str:
     """The path of a process's v2 group within the hierarchy; ProcessLookupError when it has
     ended."""
-    return memberships(pid)[""]
+    try:
+        text = read(f"/proc/{pid}/cgroup")
+    except FileNotFoundError as error:
+        raise ProcessLookupError(errno.ESRCH, "no such process", str(pid)) from error
+    for line in text.splitlines():
+        if line.startswith("0::"):
+            return line[3:]
+    raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
 
 
 def memberships(pid: int) -> dict[str, str]:

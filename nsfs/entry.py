@@ -51,7 +51,7 @@ REVOKE_WAIT_S = 5.0
 LN = frozenset(("ln", "gln"))
 MULTI_CALL = re.compile(r"(busybox|toybox|coreutils)([.-].*)?")
 
-_OFFER = struct.Struct("=iIII")
+_OFFER = struct.Struct("=iIIIQ")
 _NO_PROOF = 0xFFFFFFFF
 _SYSLOG = 1
 _TRACE_REQUEST = struct.Struct("=IiiiII")
@@ -160,6 +160,7 @@ async def send_offer(
                     bits(types),
                     _NO_PROOF if proven else container.root_uid,
                     _NO_PROOF if proven else container.root_gid,
+                    0,
                 )
                 + os.fsencode(container.name)
             ],
@@ -223,7 +224,7 @@ async def admit(container: Container, types: frozenset[str], channel: socket.soc
                 container.tell()
             except OSError as reason:
                 error = -(reason.errno or errno.EIO)
-            await sock.send(_OFFER.pack(error, 0, 0, 0))
+            await sock.send(_OFFER.pack(error, 0, 0, 0, 0))
         except OSError:
             log.debug("a session in part of %s has ended early", container.name)
 
@@ -422,7 +423,7 @@ async def become_session(face: Face, types: frozenset[str], caller: Caller) -> N
         check_ids(face, caller)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = os.fsencode(container.name)[:200]
-    request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
+    request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, not types) + name
     with ours:
         with theirs:
             fds = (Tracer.of(container.world).program_fd, theirs.fileno())
@@ -436,7 +437,7 @@ async def become_session(face: Face, types: frozenset[str], caller: Caller) -> N
                 container.world.start(admit, container, types, ours.dup())
         except OSError as error:
             with contextlib.suppress(OSError):
-                ours.send(_OFFER.pack(-(error.errno or errno.EIO), 0, 0, 0), socket.MSG_NOSIGNAL)
+                ours.send(_OFFER.pack(-(error.errno or errno.EIO), 0, 0, 0, 0), socket.MSG_NOSIGNAL)
     await Tracer.reply(reply)
     # Not EINTR, after which the kernel would ask for the attributes of `self` anew.
     raise OSError(errno.ECANCELED, "it is a session", container.name)

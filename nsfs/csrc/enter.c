@@ -54,6 +54,7 @@
 #include <unistd.h>
 
 #include "protocol.h"
+#include "session.h"
 #include "syslogfilter.h"
 
 #define TREE "/sys/namespaces/"
@@ -66,15 +67,6 @@
 #define N(array) (sizeof(array) / sizeof((array)[0]))
 
 enum { FAILED = 125, NOT_EXECUTABLE = 126, NOT_FOUND = 127 };
-
-/* All that gets in of the environment; everything else that the command finds is ENVIRONMENT. */
-static const char *const PASSED[] = {
-	"TERM", "COLORTERM", "NO_COLOR", "TZ", "LANG", "LANGUAGE", "LC_ALL", "LC_ADDRESS", "LC_COLLATE", "LC_CTYPE",
-	"LC_IDENTIFICATION", "LC_MEASUREMENT", "LC_MESSAGES", "LC_MONETARY", "LC_NAME", "LC_NUMERIC", "LC_PAPER",
-	"LC_TELEPHONE", "LC_TIME" };
-static const char *const ENVIRONMENT[] = {
-	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root",
-	"LOGNAME=root", "container=nsfs" };
 
 /* In the order of their bits. */
 static const struct { int type; const char *name; } TYPES[] = {
@@ -297,22 +289,6 @@ static int send_as(int socket_fd, const void *data, size_t size, uid_t uid, gid_
 
 /* --- the whole container: by its init --- */
 
-static char message[INIT_MESSAGE_MAX];
-static size_t message_length;
-
-static void append(const void *data, size_t size)
-{
-	if (size >= sizeof(message) - message_length)
-		fail(FAILED, "%s", strerror(E2BIG));
-	memcpy(message + message_length, data, size);
-	message_length += size;
-}
-
-static void append_string(const char *string)
-{
-	append(string, strlen(string) + 1);
-}
-
 static struct init_terminal terminal_now(void)
 {
 	struct init_terminal terminal = { .size = { 0 } };
@@ -331,50 +307,6 @@ static uint32_t stdio_flags(void)
 	if (!on_terminal)
 		return INIT_OPEN_PIPES;
 	return INIT_OPEN_TERMINAL | (isatty(STDERR_FILENO) ? 0 : INIT_OPEN_ERROR);
-}
-
-static void compose(uint64_t token)
-{
-	struct init_request request = {
-		.op = INIT_EXEC, .token = token, .flags = INIT_KEEP_STATUS | stdio_flags() };
-	const char *shell = getenv("SHELL");
-	char *own[2] = { (char *)(uintptr_t)"/bin/sh", NULL };
-	const char *value;
-	size_t i;
-
-	if (!command) {
-		if (shell && *shell == '/')
-			own[0] = (char *)(uintptr_t)shell;
-		command = own;
-		request.flags |= INIT_SHELL;
-	}
-	for (i = 0; command[i]; i++)
-		request.argc++;
-	message_length = sizeof(request);
-	if (on_terminal) {
-		const struct init_terminal terminal = terminal_now();
-
-		append(&terminal, sizeof(terminal));
-	}
-	append_string("/");
-	for (i = 0; command[i]; i++)
-		append_string(command[i]);
-	for (i = 0; i < N(ENVIRONMENT); i++, request.envc++)
-		append_string(ENVIRONMENT[i]);
-	for (i = 0; i < N(PASSED); i++) {
-		value = getenv(PASSED[i]);
-		if (!value)
-			continue;
-		append(PASSED[i], strlen(PASSED[i]));
-		append("=", 1);
-		append_string(value);
-		request.envc++;
-	}
-	memcpy(message, &request, sizeof(request));
-	if (command == own)
-		command = NULL;
-	if (request.argc + request.envc > INIT_ARGS_MAX)
-		fail(FAILED, "%s", strerror(E2BIG));
 }
 
 /* The user namespace of this process, by its inode; 0 when that cannot be seen. */
@@ -424,12 +356,23 @@ static void start_whole(const struct entry_offer *offer, const int *fds)
 	if (getrandom(&wait.token, sizeof(wait.token), 0) != sizeof(wait.token))
 		fail(FAILED, "getrandom: %s", strerror(errno));
 	wait.token |= 1;
-	compose(wait.token);
 	said_fd = fds[1];
 	wait_fd = fds[2];
-	error = send_command(said_fd, fds[0], offer);
-	if (error)
-		fail(FAILED, "%s", strerror(-error));
+	if (offer->token) {
+		/* The tracer had it begun, without a terminal. */
+		wait.token = offer->token;
+		on_terminal = false;
+	} else {
+		struct init_terminal terminal;
+
+		if (on_terminal)
+			terminal = terminal_now();
+		error = -compose(wait.token, stdio_flags(), on_terminal ? &terminal : NULL, command);
+		if (!error)
+			error = send_command(said_fd, fds[0], offer);
+		if (error)
+			fail(FAILED, "%s", strerror(-error));
+	}
 	close(fds[0]);
 	/* First that it has begun: before, the init may not know of it. */
 	if (receive(said_fd, &reply, sizeof(reply), NULL, 0) != sizeof(reply))

@@ -219,6 +219,7 @@ struct entry_offer {
 	int32_t error;		/* 0 or -errno */
 	uint32_t types;		/* CLONE_NEW*, ENTRY_SYSLOG */
 	uint32_t root_uid, root_gid;	/* the host's IDs of the container's root; ENTRY_NO_PROOF: need not be proven */
+	uint64_t token;		/* from the tracer: of the command that it has asked the init for, with INIT_OPEN_PIPES; else 0 */
 };
 
 #define ENTRY_NO_PROOF 0xffffffffU
@@ -259,7 +260,7 @@ struct trace_request {
 	int32_t caller;		/* TRACE_MOVE: with whose credentials it is traced; the target itself: with ours */
 	int32_t init;		/* TRACE_MOVE: of the container */
 	uint32_t types;		/* TRACE_MOVE: CLONE_NEW* */
-	uint32_t reserved;
+	uint32_t offered;	/* TRACE_SESSION: by the channel comes an offer of the whole container */
 };
 
 struct trace_reply {

@@ -10,6 +10,9 @@
  * TRACE_SESSION: a process that is in a link(2), an ln(1), becomes the session program.  It is seized and interrupted, which
  *   is told, so that the call is answered; when it stops it is made to call socketpair, recvmsg (which gives it the program and the
  *   channel) and execveat.  Its argv and environment are put on its stack, below the red zone.
+ *   Meanwhile the container's init starts the user's shell, which is asked for as nsfs-enter would: where that takes no
+ *   proof, and where there is no terminal of which only that process can tell.  Should the ln not become a session after
+ *   all, the shell finds its input ended.
  *
  * TRACE_MOVE: a process is made to call pidfd_open, setns, close.  The pidfd is of a child of ours which has the
  *   namespaces wanted and otherwise the target's own credentials, so the one setns(2) takes all of them or none, and asks of
@@ -28,6 +31,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <linux/major.h>
 #include <linux/ptrace.h>
 #include <linux/rseq.h>
 #include <linux/securebits.h>
@@ -41,6 +45,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -52,6 +57,7 @@
 #include <unistd.h>
 
 #include "protocol.h"
+#include "session.h"
 
 /* <sys/ptrace.h> cannot be had together with <linux/ptrace.h>. */
 static long ptrace(long request, pid_t pid, unsigned long address, unsigned long data)
@@ -329,11 +335,11 @@ static bool is_event_stop(int status)
 	return status >> 16 == PTRACE_EVENT_STOP;
 }
 
-static void start_timer(void)
+static void start_timer(void (*action_of)(int))
 {
 	const struct itimerval limit = {
 		.it_value = { .tv_sec = STOP_WAIT_MS / 1000, .tv_usec = STOP_WAIT_MS % 1000 * 1000 } };
-	struct sigaction action = { .sa_handler = out_of_time };
+	struct sigaction action = { .sa_handler = action_of };
 
 	sigaction(SIGALRM, &action, NULL);
 	setitimer(ITIMER_REAL, &limit, NULL);
@@ -346,17 +352,17 @@ static void stop_timer(void)
 	setitimer(ITIMER_REAL, &none, NULL);
 }
 
-/* Stop it where nothing of it is under way.  Returns 0 or what is in the way. */
-static int stop_target(bool tell)
+static int interrupt(void)
 {
-	const char told = TRACE_INTERRUPTED;
+	return ptrace(PTRACE_INTERRUPT, target, 0, 0) < 0 ? errno : 0;
+}
+
+/* Wait until it has stopped where nothing of it is under way.  Returns 0 or what is in the way. */
+static int await_stop(void)
+{
 	int status;
 
-	start_timer();
-	if (ptrace(PTRACE_INTERRUPT, target, 0, 0) < 0)
-		return errno;
-	if (tell)
-		(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
+	start_timer(out_of_time);
 	for (;;) {
 		status = next_stop();
 		if (status <= 0)
@@ -534,12 +540,17 @@ static size_t put(struct block *block, size_t at, const void *data, size_t size)
 	return at + size;
 }
 
-/* Its environment's place in its memory. */
-static int find_environment(unsigned long *start, unsigned long *end)
+/* Its environment. */
+static char *environment;
+static unsigned long environment_at, environment_size;	/* in its memory */
+
+/* Returns 0 or an errno: EBUSY when it has other threads. */
+static int read_environment(void)
 {
 	static char text[4096];
 	const int fd = open_of("stat", O_RDONLY);
 	const ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	unsigned long end;
 	const char *at;
 	int field = 2;
 
@@ -549,12 +560,22 @@ static int find_environment(unsigned long *start, unsigned long *end)
 		return ESRCH;
 	text[length] = '\0';
 	at = strrchr(text, ')');
-	/* proc_pid_stat(5): env_start is field 50. */
-	for (; at && field < 50; field++)
+	/* proc_pid_stat(5): num_threads is field 20, env_start 50. */
+	for (; at && field < 50; field++) {
+		if (field == 20 && strtol(at, NULL, 10) != 1)
+			return EBUSY;
 		at = strchr(at + 1, ' ');
-	if (!at || sscanf(at, "%lu %lu", start, end) != 2 || *end < *start)
+	}
+	if (!at || sscanf(at, "%lu %lu", &environment_at, &end) != 2 || end < environment_at)
 		return EINVAL;
-	return *end - *start > ARGUMENTS_MAX / 2 ? E2BIG : 0;
+	environment_size = end - environment_at;
+	if (environment_size > ARGUMENTS_MAX / 2)
+		return E2BIG;
+	environment = malloc(environment_size + 1);
+	if (!environment)
+		return ENOMEM;
+	environment[environment_size] = '\0';
+	return environment_size && read_memory(environment_at, environment, environment_size) ? EFAULT : 0;
 }
 
 /* Where argv and the environment are in the block. */
@@ -565,20 +586,12 @@ struct words {
 /* argv, which is strings, and the pointers to it and to the environment where that is already. */
 static int lay_out(struct block *block, const char *const *argv, struct words *words)
 {
-	unsigned long pointers[16], start, end, none = 0;
+	unsigned long pointers[16], none = 0;
 	size_t at = 0, argc = 0;
-	char *environment;
-	int error;
 
-	if ((error = find_environment(&start, &end)))
-		return error;
-	environment = malloc(end - start + 1);
 	block->data = malloc(ARGUMENTS_MAX * 8);
-	if (!environment || !block->data)
+	if (!block->data)
 		return ENOMEM;
-	if (end > start && read_memory(start, environment, end - start))
-		return EFAULT;
-	environment[end - start] = '\0';
 	for (; argv[argc]; argc++) {
 		pointers[argc] = at;
 		at = put(block, at, argv[argc], strlen(argv[argc]) + 1);
@@ -589,16 +602,15 @@ static int lay_out(struct block *block, const char *const *argv, struct words *w
 		at = put(block, at, &pointers[i], sizeof(pointers[i]));
 	at = put(block, at, &none, sizeof(none));
 	words->environment = at;
-	for (size_t i = 0; i < end - start;) {
+	for (size_t i = 0; i < environment_size;) {
 		const size_t length = strlen(environment + i);
-		const unsigned long place = start + i;
+		const unsigned long place = environment_at + i;
 
 		if (length)
 			at = put(block, at, &place, sizeof(place));
 		i += length + 1;
 	}
 	at = put(block, at, &none, sizeof(none));
-	free(environment);
 	block->size = (at + 4095) & ~4095UL;
 	block->at = (stack_of(&saved) - block->size - 4096) & ~4095UL;
 	/* Now that the place is known. */
@@ -612,23 +624,91 @@ static int lay_out(struct block *block, const char *const *argv, struct words *w
 	return 0;
 }
 
+/* Whether one of its descriptors may be a terminal: a character device, and none like /dev/null.  Whoever's filesystem it
+ * is of is not asked. */
+static bool may_be_terminal(int fd)
+{
+	char path[48];
+	struct statx found;
+
+	snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)target, fd);
+	return !statx(AT_FDCWD, path, AT_STATX_DONT_SYNC, STATX_TYPE, &found) && S_ISCHR(found.stx_mode) &&
+	       found.stx_rdev_major != MEM_MAJOR;
+}
+
+/* Have the init start the user's shell.  If that cannot be, the offer stays as it is, and the session program tries. */
+static void ask_init(struct entry_offer *offer, int init_fd)
+{
+	uint64_t token;
+
+	environ = calloc(environment_size + 1, sizeof(*environ));
+	if (!environ || getrandom(&token, sizeof(token), 0) != sizeof(token))
+		return;
+	for (size_t i = 0, n = 0; i < environment_size; i += strlen(environment + i) + 1)
+		if (environment[i])
+			environ[n++] = environment + i;
+	token |= 1;
+	if (!compose(token, INIT_OPEN_PIPES, NULL, NULL) &&
+	    send(init_fd, message, message_length, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+		offer->token = token;
+}
+
+/* One message with descriptors, at most three. */
+struct packet {
+	struct msghdr header;
+	struct iovec iov;
+	union {
+		char buffer[CMSG_SPACE(sizeof(int) * 3)];
+		struct cmsghdr align;
+	} control;
+};
+
+static struct msghdr *packet(struct packet *packet, void *data, size_t size)
+{
+	packet->iov = (struct iovec){ data, size };
+	packet->header = (struct msghdr){ .msg_iov = &packet->iov, .msg_iovlen = 1,
+		.msg_control = packet->control.buffer, .msg_controllen = sizeof(packet->control.buffer) };
+	return &packet->header;
+}
+
 static int send_both(int to_fd, const int *fds)
 {
-	union {
-		char buffer[CMSG_SPACE(sizeof(int) * 2)];
-		struct cmsghdr align;
-	} control = { .buffer = "" };
+	struct packet both = { .control = { .buffer = "" } };
 	char byte = 0;
-	struct iovec iov = { &byte, 1 };
-	struct msghdr header = {
-		.msg_iov = &iov, .msg_iovlen = 1,
-		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer) };
 
-	control.align.cmsg_level = SOL_SOCKET;
-	control.align.cmsg_type = SCM_RIGHTS;
-	control.align.cmsg_len = CMSG_LEN(sizeof(int) * 2);
-	memcpy(CMSG_DATA(&control.align), fds, sizeof(int) * 2);
-	return sendmsg(to_fd, &header, MSG_NOSIGNAL) < 0 ? errno : 0;
+	packet(&both, &byte, 1)->msg_controllen = CMSG_SPACE(sizeof(int) * 2);
+	both.control.align = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+		.cmsg_len = CMSG_LEN(sizeof(int) * 2) };
+	memcpy(CMSG_DATA(&both.control.align), fds, sizeof(int) * 2);
+	return sendmsg(to_fd, &both.header, MSG_NOSIGNAL) < 0 ? errno : 0;
+}
+
+/* Take the offer that the daemon makes to the session program, and have the init start the shell.  Returns the channel by
+ * which the session program gets the offer: another one, or the same if nothing came by that. */
+static int begin(int channel_fd)
+{
+	struct { struct entry_offer offer; char name[256]; } answer;
+	struct pollfd polled = { .fd = channel_fd, .events = POLLIN };
+	struct packet taken;
+	int ends[2], fds[3];
+	ssize_t length;
+
+	if (poll(&polled, 1, STOP_WAIT_MS / 2) <= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
+		return channel_fd;
+	length = recvmsg(channel_fd, packet(&taken, &answer, sizeof(answer)), MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+	if (length < (ssize_t)sizeof(answer.offer))
+		return channel_fd;
+	/* The init is asked by the second of three. */
+	if (!answer.offer.error && !answer.offer.types && answer.offer.root_uid == ENTRY_NO_PROOF &&
+	    taken.header.msg_controllen == sizeof(taken.control.buffer) &&
+	    taken.control.align.cmsg_len == CMSG_LEN(sizeof(fds))) {
+		memcpy(fds, CMSG_DATA(&taken.control.align), sizeof(fds));
+		ask_init(&answer.offer, fds[1]);
+	}
+	taken.iov.iov_len = (size_t)length;
+	(void)sendmsg(ends[0], &taken.header, MSG_NOSIGNAL);
+	close(ends[0]);
+	return ends[1];
 }
 
 /* Have the target receive two descriptors; their numbers in it are returned in `theirs`. */
@@ -692,9 +772,6 @@ static int become_session(const int *fds, const char *name)
 
 	if (!is_native(&saved))
 		return EOPNOTSUPP;
-	memory_fd = open_of("mem", O_RDWR);
-	if (memory_fd < 0)
-		return errno;
 	instruction = find_instruction();
 	if (!instruction)
 		return EOPNOTSUPP;
@@ -714,23 +791,42 @@ static int become_session(const int *fds, const char *name)
 	return result == 1 << 30 ? 0 : result < 0 ? (int)-result : EIO;
 }
 
-__attribute__((noreturn))
-static void session(const int *fds, const char *name)
+/* Its filter, if it has one, is for what it does itself. */
+static int seize_ln(void)
 {
-	unsigned long options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC;
+	const unsigned long options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC;
 	static struct credentials whose;
-	int error = read_credentials(target, &whose);
+	int error = seize(options | PTRACE_O_SUSPEND_SECCOMP);
 
-	if (!error && whose.threads != 1)
-		error = EBUSY;
-	if (whose.seccomp)
-		options |= PTRACE_O_SUSPEND_SECCOMP;
+	/* Not without CONFIG_CHECKPOINT_RESTORE; who has no filter does not need it. */
+	if (error && !(error = read_credentials(target, &whose)))
+		error = whose.seccomp ? EOPNOTSUPP : seize(options);
+	return error;
+}
+
+__attribute__((noreturn))
+static void session(int *fds, const char *name, bool offered)
+{
+	const char told = TRACE_INTERRUPTED;
+	int error = 0;
+
+	/* Whoever has part in its memory could keep us waiting: we die of it. */
+	start_timer(SIG_DFL);
+	if ((memory_fd = open_of("mem", O_RDWR)) < 0)
+		error = errno;
 	if (!error)
-		error = seize(options);
-
+		error = read_environment();
+	if (!error)
+		error = seize_ln();
+	if (!error)
+		error = interrupt();
 	if (error)
 		answer(error, STEP_PROCESS, 0);
-	error = stop_target(true);
+	(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
+	/* Of a 32-bit program, which cannot be changed, the stack is lower. */
+	if (offered && environment_at >> 32 && !(may_be_terminal(0) && may_be_terminal(1)))
+		fds[1] = begin(fds[1]);
+	error = await_stop();
 	if (error)
 		answer(error, STEP_DEADLINE, 0);
 	error = become_session(fds, name);
@@ -947,7 +1043,7 @@ static void move(const struct trace_request *wanted)
 		options |= PTRACE_O_SUSPEND_SECCOMP;
 	if ((error = seize(options)))
 		answer(error, STEP_PROCESS, 0);
-	if ((error = stop_target(false))) {
+	if ((error = interrupt()) || (error = await_stop())) {
 		detach();
 		answer(error, STEP_DEADLINE, 0);
 	}
@@ -970,12 +1066,12 @@ static void move(const struct trace_request *wanted)
 __attribute__((noreturn))
 static void serve(int taken_fd)
 {
-	static struct { struct trace_request head; char name[256]; } message;
+	static struct { struct trace_request head; char name[256]; } received;
 	union {
 		char buffer[CMSG_SPACE(sizeof(int) * 4)];
 		struct cmsghdr align;
 	} control;
-	struct iovec iov = { &message, sizeof(message) - 1 };
+	struct iovec iov = { &received, sizeof(received) - 1 };
 	struct msghdr header = {
 		.msg_iov = &iov, .msg_iovlen = 1,
 		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer) };
@@ -985,10 +1081,11 @@ static void serve(int taken_fd)
 	int fds[4];
 
 	signal(SIGCHLD, SIG_DFL);
+	(void)sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){ .sched_priority = 0 });
 	do
 		length = recvmsg(SPAWNER_SOCKET_FD, &header, MSG_CMSG_CLOEXEC);
 	while (length < 0 && errno == EINTR);
-	if (length < (ssize_t)sizeof(message.head))
+	if (length < (ssize_t)sizeof(received.head))
 		_exit(1);
 	/* Now another is to wait in our place. */
 	(void)!write(taken_fd, "", 1);
@@ -1002,11 +1099,11 @@ static void serve(int taken_fd)
 	if (!count)
 		_exit(1);
 	reply_fd = fds[--count];
-	target = message.head.target;
-	if (message.head.op == TRACE_SESSION && count == 2)
-		session(fds, message.name);
-	if (message.head.op == TRACE_MOVE && !count)
-		move(&message.head);
+	target = received.head.target;
+	if (received.head.op == TRACE_SESSION && count == 2)
+		session(fds, received.name, received.head.offered);
+	if (received.head.op == TRACE_MOVE && !count)
+		move(&received.head);
 	answer(EINVAL, STEP_REQUEST, 0);
 }
 
@@ -1038,6 +1135,8 @@ int main(void)
 	prctl(PR_SET_DUMPABLE, 0);
 	prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0);
 	signal(SIGCHLD, SIG_IGN);
+	/* Who starts the next child shall not come before the one that has something to do (sched(7)). */
+	(void)sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){ .sched_priority = 0 });
 	for (;;) {
 		int ends[2];
 		pid_t pid;

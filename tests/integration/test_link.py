@@ -120,6 +120,25 @@ def test_the_program_is_sealed(tree: Path, web: Container) -> None:
         assert process.wait(DEADLINE_S) == 6
 
 
+def test_its_shell_begins_before_it_is_a_session(tree: Path, web: Container) -> None:
+    """One that cannot become a session goes on as an ln whose link(2) has failed, and what was
+    begun finds its input ended, and nobody to hear it."""
+    web.run(
+        "printf '#!/bin/sh\\ntouch /run/begun; cat; exec cat /proc/self/status' > /run/shell;"
+        "chmod 755 /run/shell"
+    )
+    # It needs two descriptors more.
+    limits = f"ulimit -n 4; exec ln {tree}/procs/self {web.path}/procs/"
+    done = subprocess.run(
+        ["sh", "-c", limits], input="", capture_output=True, text=True,
+        env={**os.environ, "SHELL": "/run/shell"}, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Too many open files" in done.stderr
+    wait_until(lambda: "begun" in web.run("ls /run").split(), "it has begun")
+    wait_until(lambda: web.state()["procs"] == "0", "it has ended")
+
+
 def test_in_part(tree: Path, web: Container) -> None:
     script = (
         "readlink /proc/self/ns/net /proc/self/ns/uts; ls /sys/class/net; echo $SECRET; exit 5\n"
