@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -251,6 +252,11 @@ def _umount_dead(known: Instance, directory: str, *, kill: bool) -> int:
     return 0
 
 
+def end_with_reader() -> None:
+    """From here on SIGPIPE ends us, as any program whose output nobody reads any more."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def do_status(args: argparse.Namespace) -> int:
     """Print what is served where."""
     directory, run_dir = instance(args.dir)
@@ -266,6 +272,7 @@ def do_status(args: argparse.Namespace) -> int:
         answers = True
     except (OSError, ValueError):
         answers = False
+    end_with_reader()
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -289,6 +296,7 @@ def _print(facts: dict[str, Any]) -> None:
 def do_log(args: argparse.Namespace) -> int:
     """Print the log of an instance."""
     _, run_dir = instance(args.dir)
+    end_with_reader()
     with open(f"{run_dir}/log", encoding="utf-8", errors="replace") as file:
         for line in file:
             sys.stdout.write(line)

@@ -30,7 +30,9 @@ def _invalid(reason: str) -> OSError:
     return OSError(errno.EINVAL, reason)
 
 
-def _number(word: str, low: int, high: int, suffixes: str = "") -> int:
+def parse_number(word: str, low: int, high: int, suffixes: str = "") -> int:
+    """A decimal or 0x number, which one of the letters of `suffixes` multiplies by 1024 or more;
+    EINVAL for what is none, ERANGE beyond the bounds."""
     # At most as many digits as 2**64 has: int() refuses thousands of them with its own error.
     match = re.fullmatch(r"(-?)(0x[0-9a-fA-F]{1,16}|[0-9]{1,20})([a-zA-Z]?)", word, re.ASCII)
     suffix = match[3].upper() if match else ""
@@ -54,7 +56,7 @@ def _only(name: str, value: str) -> str:
 def _count(low: int, high: int, suffixes: str = "") -> Callable[[str, str, str], str]:
     def parse(name: str, value: str, now: str) -> str:
         word = _only(name, value)
-        return word if word == NO_LIMIT else str(_number(word, low, high, suffixes))
+        return word if word == NO_LIMIT else str(parse_number(word, low, high, suffixes))
 
     return parse
 
@@ -66,20 +68,20 @@ def _cpu_max(name: str, value: str, now: str) -> str:
     # The bounds are the kernel's: kernel/sched/core.c, tg_set_cfs_bandwidth().
     quota = words[0]
     if quota != NO_LIMIT:
-        quota = str(_number(quota, 1_000, 2**44))
+        quota = str(parse_number(quota, 1_000, 2**44))
     # Without one the period stays what it is, as cpu_period_quota_parse() has it.
     period = now.split()[1] if now else PERIOD_USEC
     if len(words) == 2:
-        period = _number(words[1], 1_000, 1_000_000)
+        period = parse_number(words[1], 1_000, 1_000_000)
     return f"{quota} {period}"
 
 
 def _cpu_weight(name: str, value: str, now: str) -> str:
-    return str(_number(_only(name, value), 1, 10_000))
+    return str(parse_number(_only(name, value), 1, 10_000))
 
 
 def _io_weight(name: str, value: str, now: str) -> str:
-    return f"default {_number(_only(name, value.strip().removeprefix('default ')), 1, 10_000)}"
+    return f"default {parse_number(_only(name, value.strip().removeprefix('default ')), 1, 10_000)}"
 
 
 def _device(word: str) -> str:
@@ -98,7 +100,7 @@ def _io_max(name: str, value: str, now: str) -> str:
         if key not in IO_KEYS or not equals:
             raise _invalid(f"not {'=, '.join(IO_KEYS)}=: {pair!r}")
         suffixes = _SUFFIXES if key.endswith("bps") else ""
-        chosen[key] = word if word == NO_LIMIT else str(_number(word, 1, 2**63 - 1, suffixes))
+        chosen[key] = word if word == NO_LIMIT else str(parse_number(word, 1, 2**63 - 1, suffixes))
     if not pairs:
         raise _invalid(f"no limit of {device}")
     return f"{device} " + " ".join(f"{key}={chosen.get(key, NO_LIMIT)}" for key in IO_KEYS)

@@ -13,6 +13,7 @@ from typing import Any
 from nsfs.attribute import flat_keyed, invalid, out_of_range
 from nsfs.build import LogLimits
 from nsfs.container import Container
+from nsfs.limits import parse_number
 from nsfs.logring import Limit
 from nsfs.logstream import Log
 from nsfs.store import map_new
@@ -71,7 +72,7 @@ def format_limits(limits: LogLimits) -> str:
 
 
 def parse_limits(value: str, before: LogLimits, bound: LogLimits) -> LogLimits:
-    """Lines KEY VALUE; keys that are left out stay as they were.
+    """Lines KEY VALUE; keys that are left out stay as they were, bytes may have a suffix.
 
     EINVAL for another key, one that comes twice, or what is no number; ERANGE for less than
     4096 bytes, a rate or burst of 0, and for more than `bound`.
@@ -82,19 +83,14 @@ def parse_limits(value: str, before: LogLimits, bound: LogLimits) -> LogLimits:
         if len(words) != 2 or words[0] not in LogLimits._fields or words[0] in found:
             raise invalid(line)
         key, text = words
-        if text == "max" and key != "bytes":
-            found[key] = None
-        elif text.isascii() and text.isdigit():
-            found[key] = int(text)
-        else:
-            raise invalid(line)
         top: int | None = getattr(bound, key)
-        low, high = (BYTES_MIN, 2**30) if key == "bytes" else (1, RATE_MAX)
-        number: int | None = found[key]
-        if number is None:
-            if top is not None:
-                raise out_of_range(line)
-        elif not low <= number <= (high if top is None else top):
+        if key == "bytes":
+            found[key] = parse_number(text, BYTES_MIN, bound.bytes, "KMG")
+        elif text != "max":
+            found[key] = parse_number(text, 1, RATE_MAX if top is None else top)
+        elif top is None:
+            found[key] = None
+        else:
             raise out_of_range(line)
     if not found:
         raise invalid(value)

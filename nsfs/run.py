@@ -43,13 +43,16 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(FAILED, f"{self.prog}: {message}\n")
 
-
-def split_command(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What is before `--` and what is after it."""
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
+    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Options, then a container, and the command: what is after `--`, or after the container
+        as with env(1) and nsenter(1)."""
+        self.add_argument("container", metavar="C")
+        self.add_argument("command", nargs=argparse.REMAINDER, metavar="[--] COMMAND")
+        at = argv.index("--") if "--" in argv else len(argv)
+        args = self.parse_args(argv[:at])
+        if args.command and args.command[0].startswith("-"):
+            self.error(f"{args.command[0]}: options come before the container")
+        return args, [*args.command, *argv[at:]] if args.command else argv[at + 1 :]
 
 
 def path_of(container: str) -> str:
@@ -68,12 +71,13 @@ def program(container: str, only: str | None, command: list[str], ssh: bool = Fa
 
 def enter(argv: list[str]) -> NoReturn:
     """`nsfs enter`: becomes the session program."""
-    options, command = split_command(argv)
     parser = Parser(prog="nsfs enter", description="A session in a container.")
     parser.add_argument("--only", metavar="LIST", help="only these namespaces, as net,uts")
     parser.add_argument("--ssh", action="store_true", help="run $SSH_ORIGINAL_COMMAND")
-    parser.add_argument("container", metavar="C")
-    args = parser.parse_args(options)
+    args, command = parser.parse(argv)
+    directory = path_of(args.container)
+    if os.path.exists(f"{directory}/procs") and not os.path.exists(f"{directory}/exec"):
+        parser.exit(FAILED, f"nsfs: {args.container}: everybody is in the root container already\n")
     words = program(args.container, args.only, command, args.ssh)
     os.execv(words[0], words)
 
@@ -206,7 +210,6 @@ def wait_for(words: list[str]) -> int:
 
 def run(argv: list[str]) -> int:
     """`nsfs run`: make a container, run a command in it, remove it."""
-    options, command = split_command(argv)
     parser = Parser(
         prog="nsfs run", description="Make a container, run a command in it, remove it."
     )
@@ -214,8 +217,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--bind", metavar="SOURCE[:TARGET[:ro]]", action="append", default=[])
     parser.add_argument("--limit", metavar="NAME=VALUE", action="append", default=[])
     parser.add_argument("--keep", action="store_true", help="do not remove it")
-    parser.add_argument("container", metavar="C")
-    args = parser.parse_args(options)
+    args, command = parser.parse(argv)
     directory = path_of(args.container)
     code = FAILED
     try:

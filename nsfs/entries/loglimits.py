@@ -1,6 +1,7 @@
 """`nsfs.log`: the bounds of a container's kernel log; `defaults/log` of those to be made in it.
 
-bytes  of the ring, a record taking 32 and its text; the oldest records make room
+bytes  of the ring, with K, M or G of 1024 if wanted, a record taking 32 and its text; the oldest
+       records make room
 rate   records a second that are let in, `max` for no limit
 burst  records that are let in at once, `max` for no limit
 

@@ -46,12 +46,15 @@ def test_what_is_wrong(web: Container) -> None:
         ("", errno.EINVAL),
         ("bytes", errno.EINVAL),
         ("bytes max", errno.EINVAL),
-        ("bytes 1M", errno.EINVAL),
+        ("bytes 1T", errno.EINVAL),
+        ("rate 1K", errno.EINVAL),
         ("bytes 8192\nbytes 8192", errno.EINVAL),
         ("size 8192", errno.EINVAL),
         ("8192", errno.EINVAL),
-        ("rate -1", errno.EINVAL),
+        ("rate -1", errno.ERANGE),
         ("bytes 4095", errno.ERANGE),
+        ("bytes 3K", errno.ERANGE),
+        ("bytes 1G", errno.ERANGE),
         ("rate 0", errno.ERANGE),
         ("burst 1000000001", errno.ERANGE),
         # bytes_max of the configuration.
@@ -61,6 +64,14 @@ def test_what_is_wrong(web: Container) -> None:
         assert refused(web / "nsfs.log", value) == number, value
         if value:
             assert web.path.joinpath("nsfs.log").read_text() == shown
+
+
+def test_bytes_with_a_suffix(web: Container) -> None:
+    for name in ("nsfs.log", "defaults/log"):
+        for value, number in (("64K", 65536), ("8k", 8192), ("1M", 1 << 20)):
+            web.write(name, "bytes 1M" if name == "nsfs.log" else "")
+            web.write(name, f"bytes {value}")
+            assert web.read(name).splitlines()[0] == f"bytes {number}"
 
 
 def test_no_more_than_the_parent_has(web: Container) -> None:

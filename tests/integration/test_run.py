@@ -8,6 +8,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from .conftest import NSFS, Container, wait_until
 from .terminal import terminal
 
@@ -36,6 +38,40 @@ def test_run_makes_runs_and_removes(tree: Path) -> None:
     assert nsfs("run", str(path), "--", "no-such-program").returncode == 127
     assert nsfs("run", str(path), "--", "/etc/passwd").returncode == 126
     assert not path.exists()
+
+
+def test_the_command_needs_no_dashes(tree: Path, web: Container) -> None:
+    """As with env(1); what looks like an option of ours behind the container is the command's."""
+    say = ("sh", "-c", 'echo "$@"', "sh")
+    for words in (("enter", str(web.path)), ("run", str(tree / "job"))):
+        for command in (("--", *say, "--keep", "--", "x"), (*say, "--keep", "--", "x")):
+            done = nsfs(*words, *command)
+            assert (done.returncode, done.stdout) == (0, "--keep -- x\n"), done
+        done = nsfs(*words, "--keep", "--", "true")
+        assert done.returncode == 125
+        assert "--keep: options come before the container\n" in done.stderr
+    assert not (tree / "job").exists()
+    assert nsfs("enter", str(web.path), text="exit 7").returncode == 7
+
+
+def test_nobody_enters_the_root_container(tree: Path) -> None:
+    for name in (str(tree), f"{tree}/."):
+        done = nsfs("enter", name, "--", "true")
+        message = f"nsfs: {name}: everybody is in the root container already\n"
+        assert (done.returncode, done.stderr) == (125, message)
+
+
+@pytest.mark.parametrize("command", ["status", "log"])
+def test_a_reader_that_has_had_enough(tree: Path, command: str) -> None:
+    """SIGPIPE, and not a word."""
+    script = f"exec {' '.join(NSFS)} {command} {tree}"
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with open(write_fd, "wb") as pipe:
+        done = subprocess.run(
+            ["sh", "-c", script], stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_run_keeps_what_it_is_told_to(tree: Path) -> None:

@@ -178,7 +178,7 @@ def test_config_default(key: str) -> None:
 # --- options ---
 
 
-THE_REST = "[-- COMMAND [ARGUMENT]...]"
+THE_REST = "[[--] COMMAND [ARGUMENT]...]"
 """What the commands that begin a session take behind their options."""
 
 
@@ -272,7 +272,7 @@ def test_synopsis() -> None:
     for name, parser in commands().items():
         words = [THE_REST] if name in dict(session_parsers()) else []
         for action in parser._actions:
-            if isinstance(action, argparse._HelpAction):
+            if isinstance(action, argparse._HelpAction) or action.nargs == argparse.REMAINDER:
                 continue
             word = " ".join((*action.option_strings, str(action.metavar or ""))).rstrip()
             repeated = "..." if isinstance(action, argparse._AppendAction) else ""
