@@ -9,6 +9,7 @@ import pytest
 
 PACKAGES = {
     "busybox": "busybox-static",
+    "coreutils": "rust-coreutils",
     "login": "login",
     "man": "man-db",
     "python3": "python3",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -246,11 +247,25 @@ def test_the_command_may_open_its_output_anew(web: Container) -> None:
     assert script(web, "echo x > /dev/stdout; echo y > /proc/self/fd/1") == "x\ny\n"
 
 
-def test_proc_self_exe_is_not_the_hosts(web: Container) -> None:
+def by_ln(
+    container: Container, shell: str = "/bin/sh", text: str = "", **options: object
+) -> subprocess.CompletedProcess[str]:
+    """The same by an ln(1): a shell, which reads a script."""
+    return subprocess.run(
+        ["ln", str(container.path.parent / "procs/self"), f"{container.path}/procs/"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "SHELL": shell},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize("way", ["enter", "ln"])
+def test_proc_self_exe_is_not_the_hosts(web: Container, way: str) -> None:
     # CVE-2019-5736: the program that enters is made to execute itself, then written to.
-    done = script(
-        web,
-        """
+    text = """
         printf '#!/proc/self/exe\n' > /run/again; chmod +x /run/again
         /run/again >/dev/null 2>&1; echo ran $?
         sleep 0.01 & readlink /proc/$!/exe
@@ -259,36 +274,85 @@ def test_proc_self_exe_is_not_the_hosts(web: Container) -> None:
         done
         (: < /proc/1/exe) 2>&1 | grep -c denied
         (: >> /proc/1/exe) 2>&1 | grep -c denied
-        """,
-    )
+        """
+    done = script(web, text) if way == "enter" else by_ln(web, text=text).stdout
     assert "visible" not in done
     assert done.splitlines()[-2:] == ["1", "1"], done
-    again = enter(web, "/run/again")
+    again = enter(web, "/run/again") if way == "enter" else by_ln(web, "/run/again")
     assert again.returncode != 0
-    assert enter(web, "true").returncode == 0
+    assert enter(web, "true").returncode == by_ln(web, "/bin/true").returncode == 0
 
 
-def test_no_directory_of_the_host_by_a_descriptor(web: Container) -> None:
+def test_one_that_becomes_a_session_is_out_of_reach(web: Container) -> None:
+    # CVE-2019-5736 the other way: those inside look for the programs of sessions that are about to
+    # begin, all the time, to open them.
+    look = """
+        import glob, os, time
+        found = set()
+        print("looks", flush=True)
+        while not os.path.exists("/run/end"):
+            for path in glob.glob("/proc/[0-9]*/exe") + glob.glob("/proc/[0-9]*/fd/*"):
+                try:
+                    target = os.readlink(path)
+                    if "nsfs" in target:
+                        found.add(target)
+                except OSError:
+                    pass
+        print("found", *found)
+        """
+    with subprocess.Popen(
+        [ENTER, str(web.path), "--", "python3", "-c", textwrap.dedent(look)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "looks\n"
+        for _ in range(30):
+            assert by_ln(web, "/bin/true").returncode == 0
+        web.run("touch /run/end")
+        assert process.stdout.read() == "found\n"
+
+
+@pytest.mark.parametrize("way", ["enter", "ln"])
+def test_no_directory_of_the_host_by_a_descriptor(web: Container, tmp_path: Path, way: str) -> None:
     # CVE-2024-21626: the working directory by way of a descriptor that was left open.
-    script(web, "for n in $(seq 3 100); do ln -s /proc/self/fd/$n /run/d$n; done")
-    text = "for n in $(seq 3 100); do (cd /run/d$n/ && pwd) 2>/dev/null || :; done; echo end"
-    assert script(web, text) == "end\n"
-
-
-def test_no_keystroke_gets_out(web: Container) -> None:
-    # TIOCSTI: what is pushed back goes to the terminal inside.
-    push = (
-        "import fcntl,termios\n"
-        "try:\n"
-        "    for c in b'echo pushed-$((1+1))\\n': fcntl.ioctl(0,termios.TIOCSTI,bytes([c]))\n"
-        "except OSError as e: print('refused', e.errno)\n"
+    script(web, "for n in $(seq 0 100); do ln -s /proc/self/fd/$n /run/d$n; done")
+    text = (
+        "readlink /proc/self/cwd;"
+        "for n in $(seq 0 100); do (cd /run/d$n/ && pwd) 2>/dev/null || :; done; echo end"
     )
-    with terminal(
-        "sh",
-        "-c",
-        f'{ENTER} {web.path} -- /usr/bin/python3 -c "$P"; echo back; cat',
-        env={"P": push},
-    ) as outer:
+    directory_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.set_inheritable(directory_fd, True)
+        options = {"cwd": tmp_path, "pass_fds": [directory_fd]}
+        if way == "enter":
+            words = [ENTER, str(web.path), "--", "sh", "-c", text]
+            output = subprocess.check_output(words, text=True, **options)  # type: ignore[call-overload]
+        else:
+            output = by_ln(web, text=text, **options).stdout
+    finally:
+        os.close(directory_fd)
+    assert output == "/\nend\n"
+
+
+@pytest.mark.parametrize("way", ["enter", "ln"])
+def test_no_keystroke_gets_out(web: Container, way: str) -> None:
+    # TIOCSTI: what is pushed back goes to the terminal inside.
+    push = """#!/usr/bin/python3
+import fcntl, termios
+try:
+    for c in b"echo pushed-$((1+1))\\n": fcntl.ioctl(0, termios.TIOCSTI, bytes([c]))
+    print("pushed")
+except OSError as e: print("refused", e.errno)
+"""
+    enter(web, "sh", "-c", "cat > /run/push; chmod 755 /run/push", text=push)
+    by = {
+        "enter": f"{ENTER} {web.path} -- /run/push",
+        "ln": f"ln {web.path.parent}/procs/self {web.path}/procs/",
+    }
+    env = {"SHELL": "/run/push"}
+    with terminal("sh", "-c", f"{by[way]}; echo back; cat", env=env) as outer:
+        outer.expect("pushed|refused")
         outer.expect("back")
         time.sleep(0.2)
         outer.send("last\n")

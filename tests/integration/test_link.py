@@ -37,7 +37,7 @@ def link(
     )
 
 
-@pytest.mark.parametrize("ln", LNS)
+@pytest.mark.parametrize("ln", [*LNS, "coreutils ln"])
 def test_a_session_without_a_terminal(tree: Path, web: Container, ln: str) -> None:
     done = link(tree, web, "hostname; id -u; seq 1 50000; echo error >&2; exit 33\n", ln)
     assert done.returncode == 33
@@ -55,6 +55,69 @@ def test_a_program_called_otherwise_is_recognised_by_its_file(
     # A copy by another name is no ln: it is moved in place, which is refused.
     shutil.copy("/usr/bin/ln", tmp_path / "other")
     assert "not permitted" in link(tree, web, "", str(tmp_path / "other")).stderr
+
+
+MULTI_CALL = """
+#include <stdio.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+    if (link(argv[argc - 2], argv[argc - 1]))
+        perror(argv[0]);
+    return 1;
+}
+"""
+"""What no program of Debian's does: it takes whatever comes before its last two arguments."""
+
+
+def test_a_program_of_many_names_is_an_ln_as_which_it_was_started(
+    tree: Path, web: Container, tmp_path: Path
+) -> None:
+    (tmp_path / "coreutils.c").write_text(MULTI_CALL)
+    for name in ("coreutils", "coreutils-9.5", "busybox.static", "coreutilsx", "mycoreutils"):
+        command = ["gcc", "-o", str(tmp_path / name), str(tmp_path / "coreutils.c")]
+        if name == "coreutils":
+            subprocess.run(command, check=True)
+        else:
+            os.link(tmp_path / "coreutils", tmp_path / name)
+
+    def enters(name: str, argv: list[str]) -> bool:
+        done = subprocess.run(
+            [*argv, str(tree / "procs/self"), f"{web.path}/procs/self"],
+            executable=tmp_path / name,
+            env={**os.environ, "SHELL": "/bin/sh"},
+            input="exit 33\n",
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+        assert (done.returncode == 33) != ("not permitted" in done.stderr), done
+        return done.returncode == 33
+
+    for argv in (
+        ["ln"],
+        ["/usr/bin/ln", "-v"],
+        ["coreutils", "ln"],
+        ["/usr/bin/coreutils", "--coreutils-prog=ln"],
+        ["coreutils-9.5", "ln", "-f"],
+    ):
+        for name in ("coreutils", "coreutils-9.5", "busybox.static"):
+            assert enters(name, argv), (name, argv)
+        for name in ("coreutilsx", "mycoreutils"):
+            assert not enters(name, argv), (name, argv)
+    for argv in (
+        ["coreutils", "cp", "ln"],
+        ["cp", "ln"],
+        ["coreutils", "--coreutils-prog=cp"],
+        ["coreutils"],
+        ["other", "--coreutils-prog=ln"],
+    ):
+        assert not enters("coreutils", argv), argv
+    # GNU's as it is installed with --enable-single-binary=shebangs: its name (comm) is the script's.
+    script = tmp_path / "ln"
+    script.write_text(f"#!{tmp_path}/coreutils --coreutils-prog-shebang=ln\n")
+    script.chmod(0o755)
+    assert link(tree, web, "exit 5", str(script), "self").returncode == 5
 
 
 @pytest.mark.parametrize("shell", ["bash --norc --noprofile", "dash", "busybox sh", "zsh -f"])
