@@ -139,17 +139,18 @@ def containers_of(world: World, uid: int) -> Iterator[Container]:
 async def check_rootfs(tree_fd: int, build: Build, container: Container) -> None:
     """Whether whoever named that tree may make it a container's root filesystem; EPERM when not."""
     mapped = "user" in build.types
-    await check_tree(
+    found = await check_tree(
         tree_fd, build.rootfs, build.rootfs_origin, container, mapped=mapped, hidden=mapped
     )
-    if not stat.S_ISDIR(os.fstat(tree_fd).st_mode):
+    if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "the root filesystem is no directory", build.rootfs)
 
 
 async def check_tree(
     tree_fd: int, path: str, origin: Origin, container: Container, *, mapped: bool, hidden: bool
-) -> None:
+) -> os.stat_result:
     """Whether whoever named a tree may have a container use it as if it were its own; EPERM if not.
+    Returns what stat(2) says of it.
 
     `mapped`: idmapped from uid 0, its files belong on disk to the host's users: a member that is
     root inside could leave a setuid program of the host's root there.  So the host's root may name
@@ -157,15 +158,10 @@ async def check_tree(
     below a directory that they cannot search.  Anybody else may name a tree of their own, of which
     `rootfs_map` says more.
 
-    The filesystem that it is on may be slow, broken, somebody's FUSE daemon or our own: a thread
-    asks it.
     """
+    found = await _stat(tree_fd)
 
-    def check(fd: int) -> None:
-        try:
-            found = os.fstat(fd)
-        finally:
-            os.close(fd)
+    def check() -> None:
         if (os.major(found.st_dev), os.minor(found.st_dev)) == container.world.device_numbers:
             raise OSError(errno.EINVAL, "the tree is nsfs's own", path)
         if origin.uid != 0:
@@ -181,7 +177,32 @@ async def check_tree(
             )
 
     # The thread may go on when nobody waits for it any more.
-    await trio.to_thread.run_sync(check, os.dup(tree_fd), abandon_on_cancel=True)
+    await trio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=_lookers)
+    return found
+
+
+async def _stat(tree_fd: int) -> os.stat_result:
+    """fstat(2) in a thread, which may go on when nobody waits for it any more: the filesystem may
+    be slow, broken, somebody's FUSE daemon or our own."""
+
+    tree = _Kept(tree_fd)
+    return await trio.to_thread.run_sync(tree.stat, abandon_on_cancel=True, limiter=_lookers)
+
+
+class _Kept:
+    """A descriptor that is open for as long as anybody, the thread included, has this."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = os.dup(fd)
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self.fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+_lookers = trio.CapacityLimiter(16)
 
 
 def rootfs_map(container: Container, origin: Origin) -> idmap.Map | None:
@@ -211,10 +232,10 @@ def _ends(table: idmap.Map) -> Iterator[int]:
         yield from (inside, inside + count - 1)
 
 
-def check_mapped(tree_fd: int, container: Container) -> None:
+async def check_mapped(tree_fd: int, container: Container) -> None:
     """EPERM when what belonged to whoever named a tree is not the container's root's, now that it
     is idmapped: then he has another ID on disk, where it was mounted with an idmap."""
-    if os.fstat(tree_fd).st_uid != container.root_uid:
+    if (await _stat(tree_fd)).st_uid != container.root_uid:
         raise PermissionError(errno.EPERM, "the tree belongs to somebody else on disk", "rootfs")
 
 

@@ -97,7 +97,7 @@ async def start(container: Container, trees: Trees) -> None:
         disk = rootfs_map(container, build.rootfs_origin)
     if trees.rootfs_fd is not None and disk is not None:
         await world.spawner.idmap(trees.rootfs_fd, disk)
-        check_mapped(trees.rootfs_fd, container)
+        await check_mapped(trees.rootfs_fd, container)
     await map_binds(container, trees, build)
     with _listening(world.store.socket_path(container.number)) as listener:
         try:
@@ -115,6 +115,7 @@ async def start(container: Container, trees: Trees) -> None:
                         ),
                         None,
                     ),
+                    top=[each.number for each in container.lineage()][-2],
                     owner_uid=owner_uid,
                     owner_gid=owner_gid,
                     uid_map=map_in_parent(container) if "user" in build.types else (),

@@ -48,8 +48,12 @@ _SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW, _LOG = 10, 11, 12, 13, 14
 _ASIDE = {_TREE, _PIN, _BIND, _UNBIND, _SYSCTL, _IDMAP_TREE, _OPEN_TTY, _SHOW}
 """What may take as long as others' filesystems and processes like, up to the spawner's deadline."""
 _ASIDE_MAX = 32
-"""How many of these may be under way: half of the spawner's jobs (JOBS_MAX in spawner.c), so that
-containers can be made whatever the others wait for."""
+"""How many of these may be under way, of the spawner's 128 jobs (JOBS_MAX in spawner.c)."""
+_MADE_ASIDE_MAX = 64
+"""How many containers may be being made that others have a hand in (others_have_a_hand() in
+spawner.c): so all other ones can be made whatever these wait for."""
+_MADE_IN_ONE_MAX = 4
+"""How many of these in one container at the top: whoever is root there can stop what makes them."""
 _SYSCTLS_MAX = 4
 """How many may be under way for one process's namespaces: whoever is root there can stop the
 child."""
@@ -105,6 +109,8 @@ class Recipe:
     syslog: bool = False
     """Whether its calls of syslog(2) come to a listener, the init's descriptor `SYSLOG_FD`; else it
     is denied."""
+    top: int = 0
+    """The number of the container at the top that it is in, or is."""
     root_pid: int | None = None
     """Whose root filesystem is shown where there is no rootfs_fd: the host's PID of the init of the
     nearest container above that was given one; None for the parent's or the host's."""
@@ -150,8 +156,9 @@ class Spawner:
         self._waiting: dict[int, _Waiter] = {}
         self._asides = trio.Semaphore(_ASIDE_MAX)
         self._under_way: dict[int, tuple[int, int]] = {}
-        """What `_asides` is held for, whether somebody waits for it or not: operation and process
-        by request."""
+        """What may take long, whether somebody waits for it or not: operation, and for whom it is
+        counted, by request."""
+        self._one_less = trio.lowlevel.ParkingLot()
 
     # --- the process ---
 
@@ -257,8 +264,12 @@ class Spawner:
         strings: Sequence[str] = (),
         fds: Sequence[int] = (),
         joins: int = 0,
+        top: int | None = None,
     ) -> tuple[int, int, str, int | None]:
-        """One request; returns pid, value, text and descriptor of the reply."""
+        """One request; returns pid, value, text and descriptor of the reply.
+
+        `top` is of what is made aside.
+        """
         self._last_id += 1
         number = self._last_id
         message = b"".join(
@@ -290,6 +301,8 @@ class Spawner:
             raise OSError(errno.E2BIG, "the request is too long")
         if op in _ASIDE:
             await self._begin(number, op, pid)
+        elif top is not None:
+            await self._begin_to_make(number, top)
         waiter = self._waiting[number] = _Waiter()
         sent = False
         try:
@@ -324,8 +337,20 @@ class Spawner:
         await self._asides.acquire()
         self._under_way[number] = op, pid
 
+    async def _begin_to_make(self, number: int, top: int) -> None:
+        """Wait for one's turn with a container that is made aside."""
+        while True:
+            made = [whose for op, whose in self._under_way.values() if op == _MAKE]
+            if len(made) < _MADE_ASIDE_MAX and made.count(top) < _MADE_IN_ONE_MAX:
+                break
+            await self._one_less.park()
+        self._under_way[number] = _MAKE, top
+
     def _has_ended(self, number: int) -> None:
-        if self._under_way.pop(number, None):
+        op, _ = self._under_way.pop(number, (0, 0))
+        if op == _MAKE:
+            self._one_less.unpark_all()
+        elif op:
             self._asides.release()
 
     async def _send(self, message: bytes, fds: Sequence[int]) -> None:
@@ -343,7 +368,8 @@ class Spawner:
         """Make a container; returns the host's PID of its init, which is ready.
 
         The cgroup directories must be there, `payload` delegated to the container's root, and the
-        cgroup.procs of the one above it too.  On an error nothing is left behind.
+        cgroup.procs of the one above it too.  On an error nothing is left behind, but after
+        ETIMEDOUT there may be in these groups.
         """
         if not recipe.filter and self._filter:
             return await (await self._unfiltered()).make(recipe)
@@ -356,6 +382,12 @@ class Spawner:
             flags |= _CLOCKS
         if recipe.slave:
             flags |= _SLAVE
+        aside = (
+            recipe.parent_pid is not None
+            or recipe.rootfs_fd is not None
+            or bool(recipe.joins or recipe.binds)
+            or "mnt" not in recipe.unshare
+        )
         if len(recipe.binds) > _BINDS_MAX:
             raise OSError(errno.E2BIG, f"more than {_BINDS_MAX} binds")
         with contextlib.ExitStack() as stack:
@@ -393,6 +425,7 @@ class Spawner:
                 ),
                 fds=fds,
                 joins=len(recipe.joins),
+                top=recipe.top if aside else None,
             )
         return pid
 

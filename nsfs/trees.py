@@ -58,7 +58,7 @@ async def map_binds(container: Container, trees: Trees, build: Build) -> None:
     while trees.mapped:
         await container.world.spawner.idmap(trees.mapped[-1], table)
         if build.binds_origin.uid:
-            check_mapped(trees.mapped[-1], container)
+            await check_mapped(trees.mapped[-1], container)
         trees.mapped.pop()
 
 

@@ -82,8 +82,9 @@
 #endif
 
 #define N(array) (sizeof(array) / sizeof((array)[0]))
-#define JOBS_MAX 64
+#define JOBS_MAX 128
 #define DEADLINE_MS 30000	/* a child that takes longer hangs in somebody's filesystem */
+#define END_MS 200		/* who is killed and takes longer to go cannot: it waits for such a filesystem */
 #define FIRST_FD 20		/* ours are from here on; below is where an init wants its own */
 #define KEPT_MAX 64		/* more than are opened at the start */
 #define NOBODY 0xfffffffeU	/* an ID that no file has */
@@ -112,9 +113,9 @@ struct request {
 /* A child at work. */
 struct job {
 	bool busy;
-	int pid;		/* OP_MAKE: the host's, of the container's init */
+	int pid;		/* OP_MAKE: the host's, of the container's init; 0: it comes with the result */
 	int pid_fd;
-	int channel_fd;		/* from it comes a struct init_result */
+	int channel_fd;		/* from it comes a struct init_result, or a struct made */
 	uint64_t id;
 	uint32_t op;
 	int64_t deadline_ms;
@@ -125,6 +126,12 @@ enum { MAPPED = 'm', NAMESPACES = 'n', FACE = 'f' };
 enum { GIVEN_CGROUP_NS, GIVEN_NET_NS, GIVEN_NAMESPACES };
 enum { GIVEN_FACE, GIVEN_KMSG, GIVEN_PROC_KMSG, GIVEN_FACES };
 #define SENT_FDS_MAX 3
+
+/* What a child that makes a container says of it. */
+struct made {
+	struct init_result result;
+	int32_t pid;
+};
 
 /* What a child with our descriptors leaves behind; in memory shared with it. */
 struct left {
@@ -272,17 +279,25 @@ static int write_file(int dir_fd, const char *path, const char *text, size_t len
 	return result;
 }
 
-/* Kill it if it lives and see it gone, also if somebody else is to reap it. */
-static void end(int pid_fd)
+/* Kill it if it lives and see it gone, also if somebody else is to reap it; or leave it to that after so long. */
+static void end_within(int pid_fd, int limit_ms)
 {
 	struct pollfd polled = { .fd = pid_fd, .events = POLLIN };
 	siginfo_t unused;
+	int ready;
 
 	(void)syscall(SYS_pidfd_send_signal, pid_fd, SIGKILL, NULL, 0);
-	while (poll(&polled, 1, -1) < 0)
-		;
-	(void)waitid(P_PIDFD, (id_t)pid_fd, &unused, WEXITED | __WALL);
+	do
+		ready = poll(&polled, 1, limit_ms);
+	while (ready < 0);
+	if (ready)
+		(void)waitid(P_PIDFD, (id_t)pid_fd, &unused, WEXITED | __WALL);
 	close(pid_fd);
+}
+
+static void end(int pid_fd)
+{
+	end_within(pid_fd, -1);
 }
 
 /* Whom a pidfd means, by the number that our /proc has for it. */
@@ -1472,21 +1487,26 @@ static void await_result(struct job *job, int pid, int pid_fd, int channel_fd)
 }
 
 /* What a child has said, and the descriptor that came with it or -1; false when it said nothing. */
-static bool receive_result(int channel_fd, struct init_result *result, int *fd)
+static bool receive_said(int channel_fd, void *said, size_t size, int *fd)
 {
 	size_t count;
 	ssize_t length;
 
 	*fd = -1;
-	length = receive_with(channel_fd, MSG_DONTWAIT, result, sizeof(*result), fd, 1, &count);
+	length = receive_with(channel_fd, MSG_DONTWAIT, said, size, fd, 1, &count);
 	/* It ended before it read what we sent: that is told first, and then what it had said. */
 	if (length == -ECONNRESET)
-		length = receive_with(channel_fd, MSG_DONTWAIT, result, sizeof(*result), fd, 1, &count);
-	return length == sizeof(*result);
+		length = receive_with(channel_fd, MSG_DONTWAIT, said, size, fd, 1, &count);
+	return length == (ssize_t)size;
 }
 
-/* OP_MAKE.  On success the rest is up to the child, and `job` waits for it. */
-static int make(struct job *job)
+static bool receive_result(int channel_fd, struct init_result *result, int *fd)
+{
+	return receive_said(channel_fd, result, sizeof(*result), fd);
+}
+
+/* Begin to make a container.  On success the rest is up to its init, whose result comes from the channel. */
+static int make(int *made_pid, int *made_pid_fd, int *made_channel_fd)
 {
 	const struct spawner_request *head = &request.head;
 	struct nested nested = { .pid_fd = -1 };
@@ -1530,7 +1550,9 @@ static int make(struct job *job)
 		end(pid_fd);
 		goto out;
 	}
-	await_result(job, pid, pid_fd, channel[0]);
+	*made_pid = pid;
+	*made_pid_fd = pid_fd;
+	*made_channel_fd = channel[0];
 	channel[0] = -1;
 out:
 	/* If the child failed first then that is the reason for all else. */
@@ -1549,6 +1571,84 @@ out:
 	if (nested.pid_fd >= 0)
 		close(nested.pid_fd);
 	return result;
+}
+
+/* Memory that is shared with children of ours, and with no others. */
+static bool map_left(void)
+{
+	left = mmap(NULL, sizeof(*left), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	return left != MAP_FAILED;
+}
+
+/* Whether something that making it waits for may be in the hands of others: processes of ours that are in their PID
+ * namespace, where their root can stop them, or files that they serve. */
+static bool others_have_a_hand(void)
+{
+	const struct spawner_request *head = &request.head;
+
+	return head->pid || head->joins || head->binds || head->flags & FLAG_ROOTFS || !own(CLONE_NEWNS);
+}
+
+/* Make a container all by oneself: with mounts of one's own, since /s is for one at a time. */
+static int make_alone(struct made *said)
+{
+	int pid_fd = -1, channel_fd = -1, fd, result;
+	struct pollfd polled;
+
+	step = STEP_LIMIT;
+	if (!map_left() || unshare(CLONE_NEWNS))
+		return -errno;
+	own_mnt_fd = result = open_ns(0, "mnt");
+	if (result < 0)
+		return result;
+	root_fd = result = (int)call(open("/", O_PATH | O_DIRECTORY | O_CLOEXEC));
+	if (result < 0 || (result = make(&said->pid, &pid_fd, &channel_fd)))
+		return result;
+	polled = (struct pollfd){ .fd = channel_fd, .events = POLLIN };
+	while (poll(&polled, 1, -1) < 0)
+		;
+	step = STEP_DIED;
+	result = -EIO;
+	if (receive_result(channel_fd, &said->result, &fd)) {
+		step = said->result.step;
+		result = said->result.error;
+	}
+	/* Gone before anybody is told: nothing is left behind. */
+	if (result)
+		end(pid_fd);
+	return result;
+}
+
+/* OP_MAKE; `job` waits for the result. */
+static int make_in_turn(struct job *job)
+{
+	int channel[2], pid_fd, pid, result;
+
+	if (!others_have_a_hand()) {
+		result = make(&pid, &pid_fd, &channel[0]);
+		if (!result)
+			await_result(job, pid, pid_fd, channel[0]);
+		return result;
+	}
+	step = STEP_LIMIT;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel))
+		return -errno;
+	result = clone_child(0, -1, &pid_fd);
+	if (!result) {
+		struct made said = { .pid = 0 };
+
+		said.result.error = make_alone(&said);
+		said.result.step = step;
+		(void)send_with(channel[1], &said, sizeof(said), NULL, 0);
+		_exit(0);
+	}
+	close(channel[1]);
+	if (result < 0) {
+		close(channel[0]);
+		return result;
+	}
+	await_result(job, 0, pid_fd, channel[0]);
+	return 0;
 }
 
 /* --- acting in others' mount namespaces: in a child, since their filesystems may be slow or hostile --- */
@@ -1907,7 +2007,7 @@ static int act_aside(struct job *job)
 		return -errno;
 	result = clone_child(0, -1, &pid_fd);
 	if (!result) {
-		int fd = act();
+		int fd = map_left() ? act() : -errno;
 
 		struct init_result said = { .error = fd < 0 ? fd : 0, .step = step };
 
@@ -2098,7 +2198,7 @@ static void hear(struct job *job)
 	if (!result)
 		switch (request.head.op) {
 		case OP_MAKE:
-			result = make(job);
+			result = make_in_turn(job);
 			break;
 		case OP_HOSTNAME:
 		case OP_SET_HOSTNAME:
@@ -2132,25 +2232,27 @@ static void hear(struct job *job)
 static void finish(struct job *job, bool too_late)
 {
 	struct spawner_reply reply = { .id = job->id };
-	struct init_result result;
+	struct made said = { .pid = job->pid };
+	const bool made_aside = job->op == OP_MAKE && !job->pid;
 	int fd = -1;
 
 	if (too_late) {
 		reply.error = -ETIMEDOUT;
 		reply.step = STEP_DEADLINE;
-	} else if (receive_result(job->channel_fd, &result, &fd)) {
-		reply.error = result.error;
-		reply.step = result.step;
+	} else if (receive_said(job->channel_fd, &said, made_aside ? sizeof(said) : sizeof(said.result), &fd)) {
+		reply.error = said.result.error;
+		reply.step = said.result.step;
 	} else {
 		reply.error = -EIO;
 		reply.step = STEP_DIED;
 	}
 	if (job->op == OP_MAKE && !reply.error) {
-		reply.pid = job->pid;
+		reply.pid = said.pid;
 		reply.step = STEP_NONE;
-	} else {
-		/* Gone before anybody is told: nothing is left behind. */
-		end(job->pid_fd);
+	}
+	/* Gone before anybody is told: nothing is left behind. */
+	if (reply.error || job->op != OP_MAKE) {
+		end_within(job->pid_fd, END_MS);
 		job->pid_fd = -1;
 	}
 	if (job->pid_fd >= 0)
@@ -2422,8 +2524,7 @@ int main(int argc, char **argv)
 	init_fd = keep(open_beside_us("nsfs-init"), "nsfs-init");
 	host_mnt_fd = keep((int)call(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC)), "/proc/self/ns/mnt");
 	own_uts_fd = keep((int)call(open("/proc/self/ns/uts", O_RDONLY | O_CLOEXEC)), "/proc/self/ns/uts");
-	left = mmap(NULL, sizeof(*left), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (left == MAP_FAILED)
+	if (!map_left())
 		die("mmap", errno);
 	if (fstat(host_mnt_fd, &st))
 		die("fstat", errno);

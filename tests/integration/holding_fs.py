@@ -1,8 +1,9 @@
 """A filesystem whose file `held` is opened, but what is in it never comes: holding_fs.py MOUNTPOINT.
 
 In the directory `dir`, which cannot be listed, every file is like that, and a program.  Once a line was written to its
-standard input, `dir` cannot be looked up any more: who tries waits.  Nobody who waits heeds
-signals, SIGKILL included, as with any FUSE server that does not.
+standard input, `dir` cannot be looked up any more: who tries waits; after the line "within" it can,
+but nothing in it.  Nobody who waits heeds signals, SIGKILL included, as with any FUSE server that
+does not.
 
 It tells by a line when it is mounted, and ends when its standard input does.
 """
@@ -24,8 +25,8 @@ DIRECTORY = 3
 
 
 class HoldingFS(pyfuse3.Operations):
-    gone = False
-    """Whether lookups of the directory wait."""
+    gone = within = False
+    """Whether lookups of the directory wait; or those of what is in it."""
 
     def attributes(self, inode: int) -> EntryAttributes:
         attributes = EntryAttributes()
@@ -40,6 +41,8 @@ class HoldingFS(pyfuse3.Operations):
         return self.attributes(inode)
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> EntryAttributes:
+        if self.within and parent_inode == DIRECTORY:
+            await trio.sleep_forever()
         if parent_inode == DIRECTORY or name == b"held":
             return self.attributes(HELD)
         if name != b"dir":
@@ -65,8 +68,9 @@ async def main(mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pyfuse3.main)
         await trio.lowlevel.wait_readable(sys.stdin)
-        while os.read(0, 100):
-            filesystem.gone = True
+        while line := os.read(0, 100):
+            filesystem.within = line == b"within\n"
+            filesystem.gone = not filesystem.within
             print("gone", flush=True)
             await trio.lowlevel.wait_readable(sys.stdin)
         # Aborts the connection: what waits fails, as it does when such a server dies.

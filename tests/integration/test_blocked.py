@@ -224,11 +224,11 @@ class Held:
         self.directory = mountpoint / "dir"
         self.server = server
 
-    def hold(self) -> None:
-        """From now on the directory cannot be looked up."""
+    def hold(self, how: bytes = b"hold") -> None:
+        """From now on the directory cannot be looked up; or nothing in it."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        self.server.stdin.write(b"hold\n")
+        self.server.stdin.write(how + b"\n")
         self.server.stdin.flush()
         assert self.server.stdout.readline() == b"gone\n"
 
@@ -249,26 +249,58 @@ def held(tmp_path: Path, web: Container) -> Iterator[Held]:
             subprocess.run(["umount", "-l", mountpoint], check=True)
             with contextlib.suppress(FileNotFoundError):
                 web.write("defaults/binds", "")
+                web.write("defaults/rootfs", "host")
 
 
-def test_mkdir_with_a_filesystem_that_does_not_answer(web: Container, held: Held) -> None:
-    web.write("defaults/binds", f"/mnt {held.directory} ro")
-    held.hold()
-    ends_by_each(lambda: os.mkdir(web / "db"), "mkdir, a bind")
+def defaults_on(held: Held, what: str, web: Container) -> None:
+    """What is made in web hangs: with the path of a bind, of its root filesystem, or when it looks
+    for names in that."""
+    if what == "bind":
+        web.write("defaults/binds", f"/mnt {held.directory} ro")
+    else:
+        # A FUSE filesystem cannot be idmapped.
+        web.write("defaults/unshare", "ipc mnt pid uts")
+        web.write("defaults/rootfs", str(held.directory))
+    held.hold(b"within" if what == "root" else b"hold")
+
+
+HANGING = ("bind", "rootfs", "root")
+
+
+@pytest.mark.parametrize("what", HANGING)
+def test_mkdir_with_a_filesystem_that_does_not_answer(
+    what: str, tree: Path, web: Container, held: Held
+) -> None:
+    defaults_on(held, what, web)
+    ends_by_each(lambda: os.mkdir(web / "db"), f"mkdir, a {what}")
     assert not (web / "db").exists()
     web.write("defaults/binds", "")
+    web.write("defaults/rootfs", "host")
     os.mkdir(web / "db")
     assert Container(web / "db").run("echo works") == "works\n"
+    # Nor does anybody else wait.
+    os.mkdir(tree / "other")
+    os.mkdir(tree / "other/db")
+    subprocess.run(["rm", "-rf", tree / "other"], check=True, timeout=30)
 
 
 @pytest.mark.slow
-def test_mkdir_does_not_wait_for_ever(web: Container, held: Held) -> None:
-    web.write("defaults/binds", f"/mnt {held.directory} ro")
-    held.hold()
+@pytest.mark.parametrize("what", HANGING)
+def test_mkdir_does_not_wait_for_ever(
+    what: str, tree: Path, web: Container, held: Held, instance: Instance
+) -> None:
+    defaults_on(held, what, web)
     with pytest.raises(TimeoutError):
         os.mkdir(web / "db")
     assert "timed out" in web.state()["reason"]
     assert not (web / "db").exists()
+    # Nobody waits for what cannot be killed.
+    os.mkdir(tree / "other")
+    os.mkdir(tree / "other/db")
+    subprocess.run(["rm", "-rf", tree / "other"], check=True, timeout=30)
+    held.server.kill()
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    instance.settled()
 
 
 @pytest.mark.parametrize("name", ["rootfs", "binds"])

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -559,3 +559,67 @@ def test_it_dies_with_its_home_as_well(tree: Path, web: Container) -> None:
             (web if doomed == "home" else db).write("kill", "1")
             assert process.wait(DEADLINE_S) == 137
         wait_until(lambda: web.state()["procs"] == db.state()["procs"] == "0", "it is gone")
+
+
+# Whoever sends a signal to all does not get it: so the threads go on.
+STOPPER = """
+import os, signal, threading
+def make(number):
+    while True:
+        try:
+            os.mkdir(f"/sys/namespaces/n{number}")
+            os.rmdir(f"/sys/namespaces/n{number}")
+        except OSError:
+            pass
+for number in range(8):
+    threading.Thread(target=make, args=(number,)).start()
+while True:
+    try:
+        os.kill(-1, signal.SIGSTOP)
+    except OSError:
+        pass
+"""
+
+
+def test_a_member_that_stops_what_makes_containers(tree: Path, instance: Instance) -> None:
+    """Who makes one nested in another is for a moment in the PID namespace of that, whose root may
+    send it SIGSTOP.  Nobody else waits for it, nor does who removes all that."""
+    for name in ("web", "other"):
+        os.mkdir(tree / name)
+    web = Container(tree / "web")
+    web.start("python3", "-c", STOPPER)
+
+    def stopped() -> bool:
+        """Whether something in the groups of those that are being made is."""
+        init = Path(f"/proc/{web.init}/cgroup").read_text().split("0::", 1)[1].split("\n")[0]
+        return bool(init) and any(
+            "\nState:\tT" in text
+            for text in statuses(Path(cgroup2() + os.path.dirname(init)) / "sub")
+        )
+
+    wait_until(stopped, "one is stopped")
+    for number in range(5):
+        subprocess.run(["mkdir", tree / "other" / f"n{number}"], check=True, timeout=DEADLINE_S)
+        subprocess.run(["mkdir", tree / f"top{number}"], check=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        ["rm", "-rf", web.path, *tree.glob("top*"), tree / "other"],
+        check=False,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    instance.settled()
+
+
+def cgroup2() -> str:
+    """Where the unified hierarchy is mounted."""
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return next(directory for _, directory, kind, *_ in lines if kind == "cgroup2")
+
+
+def statuses(group: Path) -> Iterator[str]:
+    """/proc/PID/status of all that is in a group, its descendants included."""
+    for procs in group.rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            for pid in procs.read_text().split():
+                yield Path(f"/proc/{pid}/status").read_text()
