@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.integration.conftest import Container, Instance, serving, wait_until
+from tests.integration.conftest import DEADLINE_S, Container, Instance, serving, wait_until
 
 NAMES = ("a", "b", "c")
 MODES = (0o755, 0o700, 0o555, 0o711)
@@ -79,7 +79,10 @@ class Tree(RuleBasedStateMachine):
         for name in NAMES:
             if (self.top / name).exists():
                 done = subprocess.run(
-                    ["rm", "-rf", self.top / name], capture_output=True, check=False, timeout=30
+                    ["rm", "-rf", self.top / name],
+                    capture_output=True,
+                    check=False,
+                    timeout=DEADLINE_S,
                 )
                 assert (done.returncode, done.stderr) == (0, b"")
         self.instance.settled()
@@ -157,7 +160,7 @@ class Tree(RuleBasedStateMachine):
             shutil.rmtree(real)
         else:
             words = ["rm", "-rf", real] if how == "rm" else ["find", real, "-delete"]
-            done = subprocess.run(words, capture_output=True, check=False, timeout=30)
+            done = subprocess.run(words, capture_output=True, check=False, timeout=DEADLINE_S)
             assert (done.returncode, done.stderr) == (0, b"")
         above = self.at(path[:-1])
         assert above is not None

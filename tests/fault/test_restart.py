@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import (
+    DEADLINE_S,
     Container,
     Instance,
     readable,
@@ -44,7 +45,7 @@ def tree(instance: Instance) -> Iterator[Path]:
     yield instance.tree
     for path in instance.tree.iterdir():
         if (path / "exec").exists():
-            subprocess.run(["rm", "-rf", path], check=False, timeout=30)
+            subprocess.run(["rm", "-rf", path], check=False, timeout=DEADLINE_S)
     instance.settled()
 
 
@@ -233,7 +234,7 @@ def test_a_directory_stream_goes_on(instance: Instance, tree: Path) -> None:
                 instance.kill_daemon()
     assert len(seen) == len(set(seen))
     assert names <= set(seen)
-    subprocess.run(f"rm -rf {tree}/a-container*", shell=True, check=True, timeout=60)
+    subprocess.run(f"rm -rf {tree}/a-container*", shell=True, check=True, timeout=2 * DEADLINE_S)
 
 
 def test_values_open_inside_can_be_read_on(instance: Instance, web: Container) -> None:
@@ -311,7 +312,7 @@ def test_readers_see_no_error(instance: Instance, tree: Path, web: Container) ->
 
 
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    out, _ = process.communicate(timeout=40)
+    out, _ = process.communicate(timeout=DEADLINE_S)
     return process.returncode, out
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nsfs import cli
-from tests.integration.conftest import NSFS, Container, Instance, wait_until
+from tests.integration.conftest import DEADLINE_S, NSFS, Container, Instance, wait_until
 
 from .test_restart import facts, mounted, works
 
@@ -116,7 +116,7 @@ def test_requests_under_way_are_answered(instance: Instance, web: Container) -> 
         process = subprocess.Popen(["mkdir", web / f"c{turn}"])
         time.sleep(0.002 * turn)
         kill_supervisor(instance)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_S) == 0
         works(Container(web / f"c{turn}"))
 
 
@@ -237,7 +237,7 @@ def test_both_are_killed_and_the_containers_are_taken_up_again(
     kill_all(instance)
     started_s = time.monotonic()
     for command in (["ls", instance.tree], ["mkdir", web / "x"], ["rm", "-rf", web.path]):
-        subprocess.run(command, capture_output=True, check=False, timeout=10)
+        subprocess.run(command, capture_output=True, check=False, timeout=DEADLINE_S)
     done = instance.command("status", str(instance.tree), check=False)
     assert done.returncode == 1
     assert "supervisor 0\ndaemon 0\n" in done.stdout
@@ -257,7 +257,7 @@ def test_both_are_killed_and_the_containers_are_taken_up_again(
         assert each.read("kmsg").count(";said") == 1
     assert web.run("test -c /dev/null && cat /sys/namespaces/db/state; mkdir /sys/namespaces/x")
     works(Container(web / "x"))
-    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
 
 
 def test_both_are_killed_and_umount_takes_down_what_is_left(
@@ -300,6 +300,6 @@ def test_the_graft_is_taken_back_when_both_are_killed(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=2 * DEADLINE_S,
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stdout + done.stderr

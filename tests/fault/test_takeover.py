@@ -26,11 +26,12 @@ from pathlib import Path
 import pytest
 
 from nsfs import takeover
+from tests.integration.conftest import SLOWNESS
 
 TOP = Path(__file__).parents[2]
 SUPERVISOR = TOP / "nsfs/libexec/nsfs-supervisor"
-DEADLINE_S = 45
-WAIT_S = 10
+DEADLINE_S = 45 * SLOWNESS
+WAIT_S = 10 * SLOWNESS
 MKDIR, READ, INTERRUPT, FORGET = 9, 15, 36, 2
 INIT = 32 + 40  # struct inflight_head
 LANDING = takeover._FIRST_SLOT - takeover._SLOT_BYTES
@@ -269,7 +270,7 @@ def released(mounted: Mounted, process: subprocess.Popen[bytes]) -> None:
     assert process.stdout
     assert process.stdout.readline() == b"released\n"
     process.kill()
-    process.wait(2)
+    process.wait(WAIT_S)
     until(lambda: not mounted.parked())
 
 
@@ -279,7 +280,7 @@ def parked_readers_die_of_signals(directory: Path) -> None:
             with reader(mounted) as process:
                 began = time.monotonic()
                 process.send_signal(number)
-                process.wait(2)
+                process.wait(WAIT_S)
                 print(f"gone {1000 * (time.monotonic() - began):.1f} ms after signal {number}")
                 assert process.returncode == -number
         until(lambda: not mounted.parked())
@@ -298,7 +299,7 @@ def many_parked_readers(directory: Path) -> None:
         until(lambda: len(mounted.parked()) == 300)
         began = time.monotonic()
         process.kill()
-        process.wait(2)
+        process.wait(WAIT_S)
         print(f"300 gone {1000 * (time.monotonic() - began):.0f} ms after SIGKILL")
         until(lambda: not mounted.parked())
 
@@ -319,7 +320,7 @@ def full_interrupt_pipe(directory: Path) -> None:
             time.sleep(0.2)
             assert len(mounted.parked()) == 600
             (mounted.state / "deaf").unlink()
-            process.wait(5)
+            process.wait(WAIT_S)
         until(lambda: not mounted.parked())
 
 
@@ -392,7 +393,7 @@ def signal_is_not_lost_at_takeover(directory: Path) -> None:
             os.kill(daemon, signal.SIGSTOP)
             process.kill()
             os.kill(daemon, signal.SIGKILL)
-            process.wait(2)
+            process.wait(WAIT_S)
         (mounted.state / "deaf").touch()
         mounted.kill_daemon()
         mounted.wait_for_daemon(3)
@@ -402,7 +403,7 @@ def signal_is_not_lost_at_takeover(directory: Path) -> None:
             assert len(mounted.parked()) == 1
             (mounted.state / "deaf").unlink()
             mounted.kill_daemon()
-            process.wait(2)
+            process.wait(WAIT_S)
         until(lambda: not mounted.parked())
 
 
@@ -496,7 +497,7 @@ def clean_end(directory: Path) -> None:
         with reader(mounted) as process:
             supervisor.terminate()
             assert supervisor.wait(WAIT_S) == 0
-            process.wait(2)
+            process.wait(WAIT_S)
         mounts = Path("/proc/self/mountinfo").read_text()
         assert str(mounted.root) not in mounts
         assert str(other) not in mounts
@@ -524,7 +525,7 @@ def stop_of_a_stuck_daemon(directory: Path) -> None:
                 supervisor.wait(0.3)
             supervisor.terminate()
             assert supervisor.wait(WAIT_S) == 1
-            process.wait(2)
+            process.wait(WAIT_S)
         assert not mounted.is_mounted()
 
 

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .conftest import Container, Instance, wait_until
+from .conftest import SLOWNESS, Container, Instance, wait_until
 
-DEADLINE_S = 30.0
+DEADLINE_S = 30.0 * SLOWNESS
 
 CHAINS = {
     # chain: (hook, priority).  INT_MIN is before any mark that is made at a hook.

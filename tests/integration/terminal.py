@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-DEADLINE_S = 100.0 if os.environ.get("NSFS_VM") == "1" else 20.0
+from .conftest import SLOWNESS
+
+DEADLINE_S = 20.0 * SLOWNESS
 
 
 class Terminal:

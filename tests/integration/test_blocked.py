@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SLOWNESS, Container, Instance, wait_until, write
+from .conftest import DEADLINE_S, SLOWNESS, Container, Instance, wait_until, write
 
 # What a test fails on is not how fast it is, but that it does not happen.
 GONE_S = 5.0 * SLOWNESS
@@ -353,7 +353,7 @@ def test_a_member_that_cannot_be_killed(
         print(f"{name} {value}: {took_s * 1000:.0f} ms")
     # Others are served, and removal does not wait for it.
     assert "populated 1" in web.read("state")
-    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
     assert not web.path.exists()
     assert os.path.exists(f"/proc/{pid}")
     held.server.kill()

@@ -18,7 +18,7 @@ import pytest
 from nsfs import limits
 from nsfs.cgroup import Group, Hierarchies
 
-from .conftest import NSFS, Container, Instance, refused, serving, wait_until
+from .conftest import DEADLINE_S, NSFS, Container, Instance, refused, serving, wait_until
 
 HIERARCHIES = Hierarchies.detect()
 HOG = "head -c 100000000 /dev/zero | tail -c 90000000 > /dev/null"
@@ -424,7 +424,7 @@ def test_they_hold_for_who_enters_in_place(instance: Instance, web: Container) -
             assert re.fullmatch(r"stopped at 1\d\n", entrant.stdout.readline())
         finally:
             subprocess.run(["rm", "-rf", str(web.path)], check=True)
-            entrant.wait(20)
+            entrant.wait(DEADLINE_S)
 
 
 def test_cpu_time_nested(web: Container) -> None:
@@ -460,7 +460,7 @@ def test_removal_is_not_throttled(web: Container) -> None:
     web.write("cgroup/cpu.max", "1000 1000000")
     db.write("cgroup/cpu.max", "1000 1000000")
     init = db.init
-    subprocess.run(["rm", "-rf", str(web.path)], check=True, timeout=20)
+    subprocess.run(["rm", "-rf", str(web.path)], check=True, timeout=DEADLINE_S)
     # 20 of them would want some seconds of their millisecond a second.
     wait_until(lambda: not Path(f"/proc/{init}").exists(), "it is gone", 5)
 
@@ -475,7 +475,7 @@ def test_removal_is_not_held_back_with_io(web: Container, directory: Path) -> No
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
 
     wait_until(waits, "it waits for the disk")
-    subprocess.run(["rm", "-rf", str(web.path)], check=True, timeout=20)
+    subprocess.run(["rm", "-rf", str(web.path)], check=True, timeout=DEADLINE_S)
     # That would take a quarter of an hour.
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone", 10)
 
@@ -544,7 +544,7 @@ def test_the_configuration_takes_them(tmp_path: Path) -> None:
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     """`nsfs run`."""
-    return subprocess.run([*NSFS, "run", *args], capture_output=True, text=True, timeout=30)
+    return subprocess.run([*NSFS, "run", *args], capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def test_run_with_limits(tree: Path) -> None:

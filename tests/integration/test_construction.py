@@ -20,7 +20,7 @@ import pytest
 
 from tests.programs import program
 
-from .conftest import Container, Instance, refused, wait_until, write
+from .conftest import DEADLINE_S, Container, Instance, refused, wait_until, write
 
 TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 # By way of a shell: what setpriv(1) executes itself it still looks up with its capabilities.
@@ -250,7 +250,7 @@ def test_without_pid_it_stays_when_its_first_processes_end(web: Container) -> No
     assert web.state()["populated"] == "1"
     assert os.listdir(web / "procs") == [pid]
     refused(errno.EBUSY, os.rmdir, web.path)
-    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "it is gone")
 
 
@@ -487,7 +487,7 @@ def test_a_writer_with_mounts_of_its_own(web: Container, hidden: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=DEADLINE_S,
         )
         assert (done.returncode != 0) == bool(done.stderr)
         return web.state()["reason"] if done.stderr else ""
@@ -528,7 +528,7 @@ def test_a_writer_with_a_root_of_its_own(web: Container, rootfs: Path, hidden: P
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=30,
+                timeout=DEADLINE_S,
             )
             assert done.stderr, path
             assert web.read("binds").strip() == ""
@@ -600,7 +600,7 @@ def test_a_debian_made_by_debootstrap(web: Container, debian: Path) -> None:
     done = subprocess.run([*AS_NOBODY, debian / "usr/bin/su"], capture_output=True, check=False)
     assert done.returncode == 126
     assert b"denied" in done.stderr
-    subprocess.run(["rm", "-rf", web.path], check=True, timeout=60)
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=2 * DEADLINE_S)
     # The tree stays, and is as good for the next one.
     assert (debian / "etc/debian_version").exists()
 
@@ -622,7 +622,9 @@ def test_a_filesystem_that_does_not_answer_keeps_no_container_from_being_made(
         ) as writers:
             try:
                 for number in range(5):
-                    done = subprocess.run(["mkdir", tree / f"n{number}"], check=False, timeout=20)
+                    done = subprocess.run(
+                        ["mkdir", tree / f"n{number}"], check=False, timeout=DEADLINE_S
+                    )
                     assert done.returncode == 0
                     os.rmdir(tree / f"n{number}")
                 assert writers.poll() is None

@@ -14,11 +14,11 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import Container, Instance, wait_until
+from .conftest import SLOWNESS, Container, Instance, wait_until
 from .terminal import terminal
 
 ENTER = str(LIBEXEC / "nsfs-enter")
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 STTY = "[\r\n][0-9a-f:]{40,}\r"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import Container, wait_until, write
+from .conftest import DEADLINE_S, Container, wait_until, write
 
 TESTS = Path(__file__).parents[1]
 MANUAL = TESTS.parent / "man/nsfs.5.rst"
@@ -130,7 +130,7 @@ def test_each_errno_of_the_manual_is_provoked_by_a_test() -> None:
 
 def test_a_command_that_is_too_long(web: Container) -> None:
     words = [LIBEXEC / "nsfs-enter", web.path, "--", "true", *["x" * 100_000] * 15]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert done.returncode == 125
     assert os.strerror(errno.E2BIG) in done.stderr
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until
+from .conftest import DEADLINE_S, Container, Instance, wait_until
 from .terminal import Terminal
 
 FOLLOWERS = {
@@ -169,7 +169,7 @@ READERS: dict[str, Callable[[Path], str]] = {
 
 def _run(*words: object) -> str:
     return subprocess.run(
-        list(map(str, words)), check=False, capture_output=True, text=True, timeout=30
+        list(map(str, words)), check=False, capture_output=True, text=True, timeout=DEADLINE_S
     ).stdout
 
 
@@ -183,7 +183,7 @@ def test_all_read_the_same(lines: int, log: Log, instance: Instance, tmp_path: P
         for name, read in READERS.items():
             assert read(log.path) == expected, name
         copy = tmp_path / "copy"
-        subprocess.run(["cp", log.path, copy], check=True, timeout=30)
+        subprocess.run(["cp", log.path, copy], check=True, timeout=DEADLINE_S)
         assert copy.read_text() == expected
         with open(log.path, "rb") as source, open(tmp_path / "sent", "w+b") as target:
             while os.sendfile(target.fileno(), source.fileno(), None, 100):

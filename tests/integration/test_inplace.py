@@ -15,10 +15,10 @@ import pytest
 
 from nsfs.spawner import CLONE_NEW
 
-from .conftest import Container, wait_until
+from .conftest import SLOWNESS, Container, wait_until
 from .terminal import terminal
 
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 
 
 def namespace(pid: int | str, kind: str) -> str:
@@ -155,8 +155,8 @@ def test_whole_where_the_ids_are_the_containers(tree: Path, web: Container) -> N
 TARGET = r"""
 import ctypes, os, select, signal, socket, sys, threading, time
 mode = sys.argv[1]
-WAIT_S = 0.5
-HALF_NS = 5 * 10**8
+WAIT_S = float(sys.argv[2])
+WAIT = divmod(int(WAIT_S * 10**9), 10**9)
 lib = ctypes.CDLL(None, use_errno=True)
 errno = ctypes.get_errno
 def later(action):
@@ -166,11 +166,11 @@ def later(action):
         os._exit(7)
 def sleep(): time.sleep(WAIT_S)
 def absolute():
-    end = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + HALF_NS
+    end = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(WAIT_S * 10**9)
     ts = (ctypes.c_long * 2)(*divmod(end, 10**9))
     assert lib.clock_nanosleep(time.CLOCK_MONOTONIC, 1, ts, None) == 0
 def raw(): # without Python's own way of beginning again
-    ts = (ctypes.c_long * 2)(0, HALF_NS); left = (ctypes.c_long * 2)()
+    ts = (ctypes.c_long * 2)(*WAIT); left = (ctypes.c_long * 2)()
     assert lib.nanosleep(ts, left) == 0, errno()
 def poll(): assert lib.poll(None, 0, int(WAIT_S * 1000)) == 0, errno()
 def select_(): assert select.select([], [], [], WAIT_S) == ([], [], [])
@@ -203,7 +203,7 @@ def accept():
 def timer():
     count = [0]
     def tick(*a): count[0] += 1
-    signal.signal(signal.SIGALRM, tick); signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    signal.signal(signal.SIGALRM, tick); signal.setitimer(signal.ITIMER_REAL, WAIT_S / 5, WAIT_S / 5)
     # For ever, were it lost.
     while count[0] < 5: signal.pause()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -232,7 +232,7 @@ MODES = [
     *("sleep", "absolute", "raw", "poll", "select", "condition", "epoll", "compute"),
     *("read", "wait", "accept", "timer", "sigwait"),
 ]
-TARGET_WAITS_S = 0.5
+TARGET_WAITS_S = 0.5 * SLOWNESS
 ATTEMPTS = 10
 
 
@@ -241,7 +241,8 @@ def test_it_goes_on_unharmed(tree: Path, web: Container, mode: str) -> None:
     # Nothing ends early.  Late it is on a busy machine, too, but not each time: what began its wait
     # anew is late by as long as it had waited before.
     for _ in range(ATTEMPTS):
-        with running(sys.executable, "-c", TARGET, mode, stderr=subprocess.PIPE) as process:
+        words = (sys.executable, "-c", TARGET, mode, str(TARGET_WAITS_S))
+        with running(*words, stderr=subprocess.PIPE) as process:
             time.sleep(TARGET_WAITS_S / 2)
             moved_at = time.monotonic()
             move(tree, process.pid, web)

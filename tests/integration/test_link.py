@@ -14,10 +14,10 @@ import pytest
 from nsfs.spawner import LIBEXEC
 from tests.programs import program
 
-from .conftest import Container, wait_until
+from .conftest import SLOWNESS, Container, wait_until
 from .terminal import terminal
 
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 LNS = ("ln", "busybox ln", "toybox ln")
 ENTER = str(LIBEXEC / "nsfs-enter")
 

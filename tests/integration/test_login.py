@@ -23,10 +23,10 @@ import pytest
 from nsfs.spawner import LIBEXEC
 from tests.programs import program
 
-from .conftest import Container, wait_until
+from .conftest import SLOWNESS, Container, wait_until
 from .terminal import Terminal, terminal
 
-DEADLINE_S = 30.0
+DEADLINE_S = 30.0 * SLOWNESS
 PORT = 2222
 USERS = """\
 root:*:0:0:root:/root:/bin/sh

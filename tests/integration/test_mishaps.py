@@ -15,11 +15,11 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import Container, Instance, wait_until
+from .conftest import SLOWNESS, Container, Instance, wait_until
 from .terminal import Terminal, terminal
 
 ENTER = str(LIBEXEC / "nsfs-enter")
-DEADLINE_S = 30.0
+DEADLINE_S = 30.0 * SLOWNESS
 STTY = "[\r\n][0-9a-f:]{40,}\r"
 LNS = ("ln", "busybox ln", "toybox ln", "coreutils ln")
 WAYS = ("ln {tree}/procs/self {web}/procs/", ENTER + " {web}")

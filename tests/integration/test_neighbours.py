@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until
+from .conftest import DEADLINE_S, Container, Instance, wait_until
 
 SHELL = ["sh", "-ec"]
 
 
 def run(script: str) -> str:
     done = subprocess.run(
-        [*SHELL, script], check=False, capture_output=True, text=True, timeout=120
+        [*SHELL, script], check=False, capture_output=True, text=True, timeout=4 * DEADLINE_S
     )
     assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -68,7 +68,7 @@ def web(grafted: Grafted) -> Iterator[Container]:
     path = grafted.tree / "web"
     path.mkdir()
     yield Container(path)
-    subprocess.run(["rm", "-rf", path], check=True, timeout=60)
+    subprocess.run(["rm", "-rf", path], check=True, timeout=2 * DEADLINE_S)
     grafted.settled()
 
 
@@ -98,7 +98,7 @@ def in_mount_namespace(propagation: str, script: str) -> subprocess.CompletedPro
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * DEADLINE_S,
     )
 
 
@@ -111,7 +111,7 @@ def test_rbind_of_sys_and_rm_rf_harm_nothing(web: Container, tmp_path: Path) -> 
         assert "lo" in os.listdir(tmp_path / "class/net")
         # Where the kernel lets it be unbindable without harm to others (see supervisor.c).
         assert not os.listdir(tmp_path / "namespaces") or " unbindable " not in mine
-        subprocess.run(["rm", "-rf", tmp_path / "namespaces"], check=False, timeout=60)
+        subprocess.run(["rm", "-rf", tmp_path / "namespaces"], check=False, timeout=2 * DEADLINE_S)
     finally:
         run(f"umount -R {tmp_path}")
     assert "populated 1" in web.read("state")

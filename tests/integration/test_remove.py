@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, refused, wait_until
+from .conftest import DEADLINE_S, SLOWNESS, Container, Instance, refused, wait_until
 
-GONE_S = 10.0
+GONE_S = 10.0 * SLOWNESS
 
 
 def remove_with(*words: str) -> Callable[[Path], None]:
@@ -26,7 +26,7 @@ def remove_with(*words: str) -> Callable[[Path], None]:
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=2 * DEADLINE_S,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -35,7 +35,11 @@ def remove_with(*words: str) -> Callable[[Path], None]:
 
 def remove_with_find(path: Path) -> None:
     done = subprocess.run(
-        ["find", str(path), "-delete"], check=False, capture_output=True, text=True, timeout=60
+        ["find", str(path), "-delete"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -117,7 +121,9 @@ def test_while_somebody_makes_containers_inside(web: Container, instance: Instan
         each.start()
     try:
         wait_until(lambda: made > 5, "containers are made")
-        done = subprocess.run(["rm", "-rf", web.path], check=False, capture_output=True, timeout=60)
+        done = subprocess.run(
+            ["rm", "-rf", web.path], check=False, capture_output=True, timeout=2 * DEADLINE_S
+        )
     finally:
         stop.set()
         for each in makers:
@@ -139,7 +145,7 @@ def test_two_at_once(tree: Path, web: Container, instance: Instance) -> None:
             for _ in range(2)
         ]
         for each in both:
-            out, _ = each.communicate(timeout=60)
+            out, _ = each.communicate(timeout=2 * DEADLINE_S)
             assert (each.returncode, out) == (0, b"")
         assert not top.exists()
     os.rmdir(web.path)
@@ -177,7 +183,7 @@ def test_while_a_member_is_traced(web: Container, instance: Instance) -> None:
         )
         SPELLINGS["gnu"](web.path)
         wait_until(lambda: all_gone([pid]), "it is gone", GONE_S)
-        tracer.wait(timeout=10)
+        tracer.wait(timeout=DEADLINE_S)
     instance.settled()
 
 
@@ -218,7 +224,7 @@ def test_while_members_are_stopped_traced_and_frozen(
         web.write("freeze", "1")
         SPELLINGS[spelling](web.path)
         wait_until(lambda: all_gone(pids), "they are gone", GONE_S)
-        tracer.wait(timeout=30)
+        tracer.wait(timeout=DEADLINE_S)
     instance.settled()
 
 
@@ -275,7 +281,7 @@ def test_a_directory_removed_by_an_interrupted_removal_is_still_there(
         finally:
             os.close(fd)
     assert web.read("defaults/unshare").split()
-    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
 
 
 def test_gone_from_inside_for_who_is_removing_it_outside(
@@ -324,7 +330,7 @@ def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> 
 def test_nothing_is_left_of_two_hundred(tree: Path, instance: Instance) -> None:
     for number in range(200):
         os.mkdir(tree / f"n{number}")
-    subprocess.run(f"rm -rf {tree}/n*", shell=True, check=True, timeout=120)
+    subprocess.run(f"rm -rf {tree}/n*", shell=True, check=True, timeout=4 * DEADLINE_S)
     instance.settled()
     assert not [name for name in os.listdir(tree) if name.startswith("n") and name[1:].isdigit()]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import NSFS, Container, wait_until
+from .conftest import NSFS, SLOWNESS, Container, wait_until
 from .terminal import terminal
 
-DEADLINE_S = 20.0
+DEADLINE_S = 20.0 * SLOWNESS
 
 
 def nsfs(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Container, Instance, wait_until
+from .conftest import DEADLINE_S, Container, Instance, wait_until
 
 UNSHARE = "cgroup ipc mnt net pid syslog time uts"
 
@@ -19,7 +19,7 @@ def link(tree: Path, pid: int, container: Container, types: str) -> None:
         ["ln", tree / f"procs/{pid}", container / f"procs/{pid}:{types}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
     )
     assert (done.returncode, done.stderr) == (0, ""), done
 
@@ -178,7 +178,7 @@ def test_whole_in_two_is_refused(pod: Pod) -> None:
         ["ln", pod.tree / f"procs/{pod.pid}", pod.shop / f"procs/{pod.pid}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
     )
     assert "not permitted" in done.stderr
 
@@ -190,7 +190,7 @@ def test_whole_in_a_nested_one_changes_nothing_for_its_members(pod: Pod) -> None
         ["ln", pod.tree / f"procs/{pid}", pod.db / f"procs/{pid}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=DEADLINE_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert pid in names(pod.db)

@@ -31,13 +31,14 @@ import trio
 
 from nsfs.init import Command, Init
 from nsfs.spawner import CLONE_NEW, LIBEXEC, Recipe, Spawner
+from tests.integration.conftest import SLOWNESS
 from tests.programs import program
 
 ALL = frozenset(CLONE_NEW)
 FIRST_ID = 0x70000000
 IDS = 16 * 65536
 ENV = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin",)
-DEADLINE_S = 20
+DEADLINE_S = 20 * SLOWNESS
 NS_GET_OWNER_UID = 0xB704
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 PRIVATE = ("home", "mnt", "root", "run", "srv", "tmp", "var")

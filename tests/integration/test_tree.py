@@ -460,7 +460,7 @@ def test_nested_to_the_depth_that_the_kernel_allows(tree: Path) -> None:
     assert 30 <= depth <= 32
     deep = Container(path.parent)
     assert deep.run("hostname") == "c\n"
-    subprocess.run(["rm", "-rf", tree / "c"], check=True, timeout=60)
+    subprocess.run(["rm", "-rf", tree / "c"], check=True, timeout=2 * DEADLINE_S)
     assert not (tree / "c").exists()
 
 
@@ -567,7 +567,7 @@ def test_paths_are_resolved_with_the_rights_of_who_named_them(tree: Path) -> Non
             check=False,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=DEADLINE_S,
         )
 
     assert as_alice("mkdir", str(tree / "alice/web")).returncode == 0
@@ -594,7 +594,7 @@ def test_a_command_that_a_freeze_overtakes_is_refused(web: Container) -> None:
         ]
         time.sleep(0.0002 * turn)
         web.write("freeze", "1")
-        codes = [each.wait(10) for each in writers]
+        codes = [each.wait(DEADLINE_S) for each in writers]
         web.write("freeze", "0")
         wait_until(lambda: web.state()["populated"] == "0", "those that were started are done")
         made = web.run(f"ls /tmp | grep ^{turn}-; true").split()
@@ -611,7 +611,7 @@ def test_a_freeze_overtakes_no_mkdir(tree: Path, web: Container) -> None:
         ]
         time.sleep(0.0003 * turn)
         web.write("freeze", "1")
-        codes = [each.wait(10) for each in makers]
+        codes = [each.wait(DEADLINE_S) for each in makers]
         os.mkdir(tree / f"other-{turn}")
         os.rmdir(tree / f"other-{turn}")
         with pytest.raises(OSError, match=r".") as caught:
@@ -623,7 +623,7 @@ def test_a_freeze_overtakes_no_mkdir(tree: Path, web: Container) -> None:
         for n in range(2):
             if made[n]:
                 assert Container(web / f"{turn}-{n}").run("echo whole") == "whole\n"
-                subprocess.run(["rm", "-rf", web / f"{turn}-{n}"], check=True, timeout=30)
+                subprocess.run(["rm", "-rf", web / f"{turn}-{n}"], check=True, timeout=DEADLINE_S)
     web.write("freeze", "1")
     with pytest.raises(OSError, match=r".") as caught:
         web.write("unshare", "mnt pid user uts")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import NSFS
+from .conftest import DEADLINE_S, NSFS
 
 SYSTEMS = {
     "no root": (
@@ -50,7 +50,7 @@ def test_one_sentence_and_nothing_left(system: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=2 * DEADLINE_S,
         env={**os.environ, "EMPTY": str(tmp_path / "empty")},
     )
     assert done.returncode == 1, done.stderr
