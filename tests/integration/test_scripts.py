@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import SLOWNESS
 from tests.programs import program
 
 TOP = Path(__file__).parents[2]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def run(*command: str | Path, timeout_s: float = 50, **settings: str) -> tuple[int, str, str]:
+def run(
+    *command: str | Path, timeout_s: float = 50 * SLOWNESS, **settings: str
+) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a command with `settings` in the environment."""
     ran = subprocess.run(
         command,
@@ -213,11 +216,11 @@ def test_setup_installs_while_no_service_may_start(tmp_path: Path) -> None:
     assert (policy.read_bytes() if policy.exists() else None) == before
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120 * SLOWNESS)
 def test_setup_without_network(clone: Path) -> None:
     # The packages are there, Python's are not: pip is what notices.
     script = 'exec env PIP_RETRIES=0 PIP_NO_CACHE_DIR=1 "$1" --here'
-    status, out, err = run(*unshared(script, clone / "scripts/setup"), timeout_s=100)
+    status, out, err = run(*unshared(script, clone / "scripts/setup"), timeout_s=100 * SLOWNESS)
     assert status == 1
     assert "==> making .venv" in out
     assert "the network does not answer, and Python packages have to be fetched" in one_sentence(
@@ -254,7 +257,7 @@ def test_setup_of_a_clone_and_after_a_change(clone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_wheel_holds_programs_and_pages(clone: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", tmp_path / "env", timeout_s=100)
+    run(sys.executable, "-m", "venv", tmp_path / "env", timeout_s=100 * SLOWNESS)
     pip = tmp_path / "env/bin/pip"
     status, _, err = run(pip, "install", "--no-deps", "-q", clone, timeout_s=400)
     assert status == 0, err
