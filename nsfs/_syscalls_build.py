@@ -35,6 +35,8 @@ ffi.cdef(
     int nsfs_notif_valid(int fd, unsigned long long id);
     int nsfs_notif_send(int fd, unsigned long long id, long long value, int error);
     int nsfs_effective(int pid, unsigned int *capabilities);
+    void nsfs_keep_answer(unsigned long long unique, int pid, int dir_fd, const char *path);
+    void nsfs_forget_answers(void);
     """
 )
 
@@ -75,6 +77,17 @@ ffi.set_source(
 
     static int nsfs_inotify_remove(int fd, int watch)
     { return nsfs_result(inotify_rm_watch(fd, watch)); }
+
+    /* In the interposer, where that is preloaded. */
+    extern void nsfs_interposer_keep_answer(unsigned long long unique, int pid, int dir_fd,
+                                            const char *path) __attribute__((weak));
+    extern void nsfs_interposer_forget_answers(void) __attribute__((weak));
+
+    static void nsfs_keep_answer(unsigned long long unique, int pid, int dir_fd, const char *path)
+    { if (nsfs_interposer_keep_answer) nsfs_interposer_keep_answer(unique, pid, dir_fd, path); }
+
+    static void nsfs_forget_answers(void)
+    { if (nsfs_interposer_forget_answers) nsfs_interposer_forget_answers(); }
 
     static int nsfs_setns(int fd, int type)
     { return nsfs_result(setns(fd, type)); }

@@ -25,14 +25,37 @@ import errno
 import os
 import select
 import stat
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import CoroutineType
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 FILE_SIZE = 4096
 """st_size of a file that has no other: 0 would read as empty with sendfile(2) and busybox."""
 VALUE_MAX = 4096
 """The longest value that a control file takes, in bytes."""
+
+S = TypeVar("S")
+T = TypeVar("T")
+Answer: TypeAlias = T | Coroutine[Any, Any, T]
+"""What can be told at once, or a coroutine that waits for it.  To wait is dear: a coroutine for
+each layer, and a cancel scope in case that nobody wants the answer any more."""
+
+
+def then(found: Answer[S], do: Callable[[S], Answer[T]]) -> Answer[T]:
+    """What follows from an answer: at once, where that is there."""
+    if isinstance(found, CoroutineType):
+        return _afterwards(found, do)
+    return do(found)  # type: ignore[arg-type]
+
+
+async def awaited(found: Answer[T]) -> T:
+    """An answer, waited for if need be."""
+    return await found if isinstance(found, CoroutineType) else found  # type: ignore[return-value]
+
+
+async def _afterwards(found: Coroutine[Any, Any, S], do: Callable[[S], Answer[T]]) -> T:
+    return await awaited(do(await found))
 
 
 class Flags(enum.Flag):
@@ -52,8 +75,7 @@ PARENTS = Flags.PARENTS
 HIDDEN = Flags.HIDDEN
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """The process that makes a request: `tid` as the host numbers it, and its fsuid and fsgid."""
 
     tid: int
@@ -78,7 +100,7 @@ class OpenFile:
         self.token = token
         self.flags = flags
 
-    async def read(self, offset: int, size: int, request: int) -> bytes:
+    def read(self, offset: int, size: int, request: int) -> Answer[bytes]:
         """Up to `size` bytes; b"" is the end.  May wait: a signal of the caller cancels it.
 
         `request` names the request: one with the same number is the same one again.
@@ -138,7 +160,7 @@ class Watchers:
             notify()
 
 
-Show = Callable[..., "str | bytes | Awaitable[str | bytes]"]
+Show = Callable[..., Answer[str | bytes]]
 """(face), and the key of an entry that comes and goes."""
 Store = Callable[[Any, str, Caller], "Awaitable[None] | None"]
 
@@ -225,14 +247,20 @@ class Contents:
     store, which are called later, say ENODEV.  None may block; what has to wait is a coroutine.
     """
 
-    def entry(self, path: tuple[str, ...]) -> Entry | Awaitable[Entry]:
+    def entry(self, path: tuple[str, ...]) -> Answer[Entry]:
         """What is at a path: a file, a link or a directory (whose `entries` do not count);
         FileNotFoundError when nothing is."""
         raise FileNotFoundError(errno.ENOENT, "no such file or directory", "/".join(path))
 
-    def names(self, path: tuple[str, ...]) -> Iterable[str] | Awaitable[Iterable[str]]:
+    def names(self, path: tuple[str, ...]) -> Answer[Iterable[str]]:
         """The names in the directory at a path, in any order."""
         return ()
+
+    def depends_on(self, path: tuple[str, ...]) -> tuple[int, str] | None:
+        """What has to be there for the directory of that path, which was found: a symbolic link,
+        seen from the directory of a descriptor that stays open; (-1, "") where the namespace is
+        enough.  None: who asks again is to be told by `entry` again."""
+        return None
 
     def close(self) -> None:
         """Nobody has looked for a while, or the namespace is dead: let go of everything."""

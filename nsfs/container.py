@@ -243,6 +243,8 @@ class Container:
     def holder(self, kind: str) -> Container:
         """The container whose namespace of that type it is in: itself, an ancestor, or one that it
         or an ancestor shares it with."""
+        if self.own(kind):
+            return self
         for each in self.lineage():
             if each.own(kind):
                 return each

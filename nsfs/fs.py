@@ -17,6 +17,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -26,12 +27,14 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 from nsfs import lifecycle, members, takeover
 from nsfs.attribute import (
     FILE_SIZE,
+    Answer,
     Attribute,
     Caller,
     Directory,
     Entry,
     Link,
     OpenFile,
+    then,
 )
 from nsfs.authority import check_mode, check_seen_once
 from nsfs.container import Container, Face
@@ -39,8 +42,9 @@ from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
 from nsfs.nodes import Nodes
 from nsfs.openfile import Listing, check_writable, open_file, reopen
 from nsfs.rebuild import give
+from nsfs.syscalls import forget_answers, keep_answer
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Node, ino
-from nsfs.view import check_write
+from nsfs.view import check_write, life, tag
 from nsfs.world import World
 
 log = logging.getLogger(__name__)
@@ -53,6 +57,8 @@ FOREVER_S = 3600.0
 CHANGED_S = 2 * TIMEOUT_S
 """For how long after a change of owners and modes it is asked again whether they allow a request:
 an answer to the kernel that was under way at that moment may have told it the old ones."""
+OTHERS = {errno.EMFILE: errno.ENFILE}
+"""Errors that would say of the caller what is so of the daemon."""
 ACCESS = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
 
 T = TypeVar("T")
@@ -66,13 +72,16 @@ def boundary(method: Method[P, T]) -> Method[P, T]:
     @functools.wraps(method)
     async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await method(self, *args, **kwargs)
+            found: Any = method(self, *args, **kwargs)
+            result: T = await found if isinstance(found, CoroutineType) else found
+            return result
         except FUSEError:
             raise
         except OSError as error:
             if error.errno is None:
                 log.exception("%s failed", method.__name__)
-            raise FUSEError(error.errno or errno.EIO) from error
+            number = error.errno or errno.EIO
+            raise FUSEError(OTHERS.get(number, number)) from error
         except Exception:
             log.exception("%s failed", method.__name__)
             raise FUSEError(errno.EIO) from None
@@ -80,25 +89,27 @@ def boundary(method: Method[P, T]) -> Method[P, T]:
     return wrapper  # type: ignore[return-value]
 
 
-def waiting(method: Method[P, T]) -> Method[P, T]:
-    """A boundary for a handler that may wait: an INTERRUPT of its request cancels it.
+def answering(method: Callable[Concatenate[Operations, P], Answer[T]]) -> Method[P, T]:
+    """A boundary for a handler that has its answer at once or has to wait for it.
 
-    (The others are done before the kernel could send one.)
+    An INTERRUPT of its request cancels one that waits.  What is done at once is done before the
+    kernel could send any, and spared the cancel scope, which costs as much as all the rest of it.
     """
 
     @functools.wraps(method)
-    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> T:
-        unique = self.request()
-        scope = self.running[unique] = trio.CancelScope()
-        try:
-            with scope:
-                return await method(self, *args, **kwargs)
-        finally:
-            del self.running[unique]
-        # Only the cancellation leads here.
-        raise FUSEError(errno.EINTR)
+    def begin(self: Operations, *args: P.args, **kwargs: P.kwargs) -> Any:
+        found = method(self, *args, **kwargs)
+        if isinstance(found, CoroutineType):
+            # It has not begun, so this is its request.
+            return self.interruptible(self.request(), found)
+        return found
 
-    return boundary(wrapper)  # type: ignore[arg-type]
+    return boundary(begin)  # type: ignore[arg-type]
+
+
+def waiting(method: Method[P, T]) -> Method[P, T]:
+    """A boundary for a handler that may wait, with the same."""
+    return answering(method)
 
 
 class Operations(pyfuse3.Operations):
@@ -129,6 +140,17 @@ class Operations(pyfuse3.Operations):
 
     # --- requests ---
 
+    async def interruptible(self, unique: int, answer: Coroutine[Any, Any, T]) -> T:
+        """Wait for the answer to a request, unless its caller no longer does: EINTR."""
+        scope = self.running[unique] = trio.CancelScope()
+        try:
+            with scope:
+                return await answer
+        finally:
+            del self.running[unique]
+        # Only the cancellation leads here.
+        raise FUSEError(errno.EINTR)
+
     def request(self) -> int:
         """What names the request being dispatched: the same number, should it be asked again."""
         unique: int = self.device.current()[0]
@@ -158,7 +180,7 @@ class Operations(pyfuse3.Operations):
         try:
             return await self.nodes.node(inode)
         except FileNotFoundError as error:
-            raise OSError(errno.ESTALE, error.strerror, error.filename) from None
+            raise _stale(error) from None
 
     def _new_token(self) -> int:
         self._token += 1
@@ -243,17 +265,28 @@ class Operations(pyfuse3.Operations):
             owner: tuple[int, int] = node.face.owner(None)
             return owner
 
-    @waiting
-    async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> EntryAttributes:
+    @answering
+    def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> Answer[EntryAttributes]:
         """FUSE_LOOKUP."""
-        number = parent_inode & NUMBER_MASK
-        if number < SHOWN:
-            parent = await self.nodes.node(parent_inode)
-            return self.attributes(await self.nodes.find(parent, os.fsdecode(name), _caller(ctx)))
-        # What is in it is not there either when it is not.
-        face = self.world.face_numbered(parent_inode >> 33)
-        path = await self.nodes.path(face, number)
-        return self.attributes(await self.nodes.shown(face, (*path, os.fsdecode(name))))
+        found = self.nodes.child(parent_inode, os.fsdecode(name), _caller(ctx))
+        if isinstance(found, Node):
+            self._keep_answer(found)
+        return then(found, self._told)
+
+    def _told(self, node: Node) -> EntryAttributes:
+        if node.path and isinstance(node.entry, Attribute):
+            self.nodes.looked_up(node)
+        return self.attributes(node)
+
+    def _keep_answer(self, node: Node) -> None:
+        """Have the interposer answer who looks up the same in a view, as long as it is there."""
+        view = self.tables.view(node)
+        if view is None or node.entry is view or len(node.path) > 2:
+            return
+        pid = life(tag(node.face, view))
+        needed = (-1, "") if node.contents is None else node.contents.depends_on(node.path[1:])
+        if pid is not None and needed is not None:
+            keep_answer(self.request(), pid, *needed)
 
     async def forget(self, inode_list: Any) -> None:
         """FUSE_FORGET: nodes are not kept, so there is nothing to forget."""
@@ -307,6 +340,7 @@ class Operations(pyfuse3.Operations):
         else:
             await revoke(container)
         self.changed_at = time.monotonic()
+        forget_answers()
         if node.entry is self.tables.root:
             for each in (container, *container.descendants()):
                 self.changed(each)
@@ -324,6 +358,7 @@ class Operations(pyfuse3.Operations):
 
     def changed(self, container: Container) -> None:
         """What stat(2) says of a container's files has changed, other than by stat's own."""
+        forget_answers()
         for face in self.world.known_faces(container):
             for _, entry in self.tables.paths():
                 if face.has(entry):
@@ -436,6 +471,7 @@ class Operations(pyfuse3.Operations):
                 raise OSError(errno.ENOTEMPTY, "only rm -rf of the container removes it", text)
             self.world.marks.add(self.processes.of(ctx.pid), parent.ino, text)
             self.world.bury(node.ino)
+            forget_answers()
             return
         self._check_now(parent, _caller(ctx))
         container = node.face.container
@@ -562,16 +598,34 @@ class Operations(pyfuse3.Operations):
 
     # --- files ---
 
-    @waiting
-    async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
+    @answering
+    def open(self, inode: int, flags: int, ctx: Any) -> Answer[FileInfo]:
         """FUSE_OPEN."""
-        node = await self._addressed(inode)
-        self._check_now(node, _caller(ctx), ACCESS[flags & os.O_ACCMODE])
+        caller = _caller(ctx)
+        try:
+            found = self.nodes.to_open(inode)
+        except FileNotFoundError as error:
+            raise _stale(error) from None
+        if isinstance(found, Node):
+            return self._open(found, flags, caller)
+        return self._open_when_found(found, flags, caller)
+
+    async def _open_when_found(
+        self, found: Coroutine[Any, Any, Node], flags: int, caller: Caller
+    ) -> FileInfo:
+        try:
+            node = await found
+        except FileNotFoundError as error:
+            raise _stale(error) from None
+        return self._open(node, flags, caller)
+
+    def _open(self, node: Node, flags: int, caller: Caller) -> FileInfo:
+        self._check_now(node, caller, ACCESS[flags & os.O_ACCMODE])
         token = self._new_token()
-        opened = open_file(self.nodes, node, token, flags, _caller(ctx))
+        opened = open_file(self.nodes, node, token, flags, caller)
         if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
             try:
-                node.entry.truncate(node.face, _caller(ctx))
+                node.entry.truncate(node.face, caller)
             except OSError:
                 opened.release()
                 raise
@@ -592,14 +646,17 @@ class Operations(pyfuse3.Operations):
             self.open_files[fh] = found
         return found
 
-    @waiting
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    @answering
+    def read(self, fh: int, off: int, size: int) -> Answer[bytes]:
         """FUSE_READ."""
         unique, _, opcode, _ = self.device.current()
-        opened = await self._opened(fh)
-        if opcode == takeover.LSEEK:
-            return takeover.sought(opened.seek(*takeover.seek(off)))
-        return await opened.read(off, size, unique)
+
+        def read(opened: OpenFile) -> Answer[bytes]:
+            if opcode == takeover.LSEEK:
+                return takeover.sought(opened.seek(*takeover.seek(off)))
+            return opened.read(off, size, unique)
+
+        return then(self.open_files.get(fh) or self._opened(fh), read)
 
     @waiting
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -693,6 +750,10 @@ def _invalidate_entry(directory: int, name: bytes, inode: int) -> None:
 
 
 _forgetters = trio.CapacityLimiter(8)
+
+
+def _stale(error: FileNotFoundError) -> OSError:
+    return OSError(errno.ESTALE, error.strerror, error.filename)
 
 
 def _caller(ctx: Any) -> Caller:

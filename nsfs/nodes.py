@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from collections.abc import Iterator
 
 import trio
 
-from nsfs.attribute import HIDDEN, Attribute, Caller, Directory, Entry, TagType
+from nsfs.attribute import (
+    HIDDEN,
+    Answer,
+    Attribute,
+    Caller,
+    Contents,
+    Directory,
+    Entry,
+    TagType,
+    awaited,
+    then,
+)
 from nsfs.container import Container, Face, Phase
 from nsfs.processes import Process, Processes
 from nsfs.removal import Removal
 from nsfs.tree import NUMBER_MASK, SHOWN, Names, Node, Paths, Tables, ino
-from nsfs.view import entry_of, lives, names_of, tag
 from nsfs.world import World
 
 DIRECTORY_COOKIE = 1 << 32
@@ -24,6 +35,10 @@ LAST_COOKIE = 1 << 62
 """The directory offset of the entry that is listed last."""
 SEARCHED_MAX = 100_000
 """How many names of a view are looked through for one that an earlier daemon gave a number."""
+BELIEVED_S = 1.0
+"""For how long: as long as the kernel believes names (`fs.TIMEOUT_S`)."""
+LOOKED_UP_MAX = 1024
+"""How much of what views showed is kept at hand."""
 LISTED_AT_ONCE = 64
 """How many names of a view are listed before others have their turn."""
 
@@ -44,32 +59,69 @@ class Nodes:
         self.bound_files = {e.bound: e for e in entries if isinstance(e, Attribute) and e.bound}
         self.removal = Removal(world, self.tables)
         self.processes = Processes()
+        self._looked_up: dict[int, tuple[float, Node]] = {}
         # What a process has seen listed in procs/ it may remove, although the processes have ended
         # meanwhile.
         self.listed: dict[Process, set[int]] = {}
 
     async def node(self, inode: int) -> Node:
         """The node of an inode number."""
+        return await awaited(self.numbered(inode))
+
+    def numbered(self, inode: int) -> Answer[Node]:
+        """The same, without waiting where there is nothing to wait for."""
         face = self.world.face_numbered(inode >> 33)
         number = inode & NUMBER_MASK
         if number < SHOWN:
             return self.tables.node(face, number)
-        return await self.shown(face, await self.path(face, number), number)
+        known = self.paths.path(face.number, number) or self._search(face, number)
+        return then(known, lambda path: self._shown(face, path, number))
 
-    async def path(self, face: Face, number: int) -> tuple[str, ...]:
-        """The path of what a view shows."""
-        return self.paths.path(face.number, number) or await self._search(face, number)
+    def to_open(self, inode: int) -> Answer[Node]:
+        """The same for open(2), which has just walked the path: what a view showed at a lookup is
+        believed for as long as the kernel does, if the namespace lives.  Should it be gone, whoever
+        reads or writes will see."""
+        known = self._looked_up.get(inode)
+        if known is not None and time.monotonic() - known[0] < BELIEVED_S:
+            node = known[1]
+            view = self.tables.view_called(node.path[0], node.face)
+            if self.world.views.opened(node.face, view) is node.contents:
+                return node
+        return self.numbered(inode)
 
-    async def shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Node:
+    def looked_up(self, node: Node) -> None:
+        """The kernel is told of what a view shows, and will believe that it is there."""
+        if len(self._looked_up) >= LOOKED_UP_MAX:
+            self._looked_up.clear()
+        self._looked_up[node.ino] = time.monotonic(), node
+
+    def child(self, directory: int, name: str, caller: Caller) -> Answer[Node]:
+        """A name in the directory with an inode number; FileNotFoundError when it has none of that
+        name."""
+        face = self.world.face_numbered(directory >> 33)
+        number = directory & NUMBER_MASK
+        if number < SHOWN:
+            return self._find(self.tables.node(face, number), name, caller)
+        # What is in it is not there either when it is not.
+        known = self.paths.path(face.number, number) or self._search(face, number)
+        return then(known, lambda path: self._shown(face, (*path, name)))
+
+    def _shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Answer[Node]:
         """What a view shows at a path, which has that number if one is given; FileNotFoundError
         when that is nothing."""
-        top = self.tables.child(self.tables.of(face, self.tables.root), path[0])
-        if top is None or not isinstance(top.entry, TagType):
-            raise FileNotFoundError(errno.ENOENT, "no such view", path[0])
-        contents = await self.world.views.of(face, top.entry)
-        entry = await entry_of(contents, path[1:])
-        number = number or self.paths.number(face.number, path)
-        return Node(face, entry, 0, ino(face.number, number), path)
+
+        view = self.tables.view_called(path[0], face)
+        contents = self.world.views.of(face, view)
+        return then(contents, lambda opened: self._shown_in(opened, face, path, number))
+
+    def _shown_in(
+        self, contents: Contents, face: Face, path: tuple[str, ...], number: int
+    ) -> Answer[Node]:
+        def node(entry: Entry) -> Node:
+            known = number or self.paths.number(face.number, path)
+            return Node(face, entry, 0, ino(face.number, known), path, contents)
+
+        return then(contents.entry(path[1:]), node)
 
     async def _search(self, face: Face, number: int) -> tuple[str, ...]:
         """The path that an earlier daemon gave a number, or that was forgotten."""
@@ -78,17 +130,17 @@ class Nodes:
             if not face.has(view) or view.contents is None:
                 continue
             try:
-                contents = await self.world.views.of(face, view)
+                contents = await awaited(self.world.views.of(face, view))
             except OSError:
                 continue
             directories: list[tuple[str, ...]] = [()]
             for directory in directories:
                 with contextlib.suppress(OSError):
-                    for name in await names_of(contents, directory):
+                    for name in await awaited(contents.names(directory)):
                         path = (view.name, *directory, name)
                         if number in self.paths.numbers(path):
                             return path
-                        if isinstance(await entry_of(contents, path[1:]), Directory):
+                        if isinstance(await awaited(contents.entry(path[1:])), Directory):
                             directories.append(path[1:])
                         left -= 1
                         if left <= 0:
@@ -102,17 +154,20 @@ class Nodes:
 
     async def find(self, parent: Node, name: str, caller: Caller) -> Node:
         """A name in a directory; FileNotFoundError when it has none of that name."""
+        return await awaited(self._find(parent, name, caller))
+
+    def _find(self, parent: Node, name: str, caller: Caller) -> Answer[Node]:
         entry = parent.entry
         if not isinstance(entry, Directory):
             raise NotADirectoryError(errno.ENOTDIR, "no directory", name)
         if parent.path:
-            return await self.shown(parent.face, (*parent.path, name))
+            return self._shown(parent.face, (*parent.path, name))
         found = self.tables.child(parent, name)
         if isinstance(entry, TagType):
             if found is None:
-                return await self.shown(parent.face, (entry.name, name))
-            if not lives(tag(parent.face, entry)):
-                raise FileNotFoundError(errno.ENOENT, "the namespace is dead", name)
+                return self._shown(parent.face, (entry.name, name))
+            # Which says whether the namespace lives.
+            self.world.views.opened(parent.face, entry)
         if found is not None:
             return found
         if entry is self.tables.root:
@@ -191,7 +246,7 @@ class Nodes:
         view = self.tables.view(node)
         assert view is not None
         try:
-            contents = await self.world.views.of(face, view)
+            contents = await awaited(self.world.views.of(face, view))
         except FileNotFoundError:
             # The namespace is dead: so is all that it showed.
             return []
@@ -200,14 +255,15 @@ class Nodes:
             children = enumerate(self.tables.children(node), 1)
             rows = [(index, child.entry.name, child) for index, child in children]
         path = node.path or (view.name,)
-        for count, name in enumerate(await names_of(contents, path[1:])):
+        for count, name in enumerate(await awaited(contents.names(path[1:]))):
             if count % LISTED_AT_ONCE == LISTED_AT_ONCE - 1:
                 await trio.lowlevel.checkpoint()
             # It may have gone meanwhile.
             with contextlib.suppress(FileNotFoundError):
-                entry = await entry_of(contents, (*path[1:], name))
+                entry = await awaited(contents.entry((*path[1:], name)))
                 number = self.paths.number(face.number, (*path, name))
-                child = Node(face, entry, 0, ino(face.number, number), (*path, name))
+                inode = ino(face.number, number)
+                child = Node(face, entry, 0, inode, (*path, name), contents)
                 rows.append((CHILD_COOKIE + number, name, child))
         return sorted(rows, key=lambda row: row[0])
 

@@ -7,20 +7,21 @@ import os
 import select
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from nsfs import members
 from nsfs.attribute import (
     PARENTS,
     VALUE_MAX,
+    Answer,
     Attribute,
     Caller,
-    Contents,
     Directory,
     OpenFile,
     Watchers,
+    awaited,
+    then,
 )
 from nsfs.authority import check_mode
 from nsfs.container import Container, Phase
@@ -30,6 +31,7 @@ from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
 from nsfs.view import check_write, lives, tag
 
 NOBODY = 65534
+GONE = (FileNotFoundError, ProcessLookupError)
 KEPT_SMALL = 4096
 """Bytes: what an open file costs anyway."""
 KEPT_MAX = 1 << 26
@@ -52,7 +54,8 @@ class Kept:
 
     def keep(self, owner: Value | Listing, size: int) -> None:
         """An open file keeps so many bytes now."""
-        self.drop(owner)
+        if self._sizes:
+            self.drop(owner)
         if size <= KEPT_SMALL:
             return
         self._sizes[owner] = size
@@ -79,9 +82,7 @@ class Value(OpenFile):
         self.nodes = nodes
         self.view = nodes.tables.view(node)
         self.entry: Attribute = node.entry  # type: ignore[assignment]
-        self.contents: Contents | None = None
-        if self.view is not None and node.path:
-            self.contents = self.face.world.views.opened(self.face, self.view)
+        self.contents = node.contents
         self.caller = caller
         self.snapshot = b""
         self.generation = 0
@@ -96,57 +97,76 @@ class Value(OpenFile):
             self.generation = self.face.container.generation()
             self.face.world.opens.put(token, caller.uid, caller.gid, caller.tid, self.generation)
 
-    async def _show(self) -> bytes:
+    def _show(self, looked: None = None) -> Answer[bytes]:
+        show = self.entry.show
+        assert show is not None
+        keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
+        try:
+            text = show(self.face, *keyed)
+        except GONE as error:
+            if self.view is None:
+                raise
+            raise self._gone() from error
+        return _encoded(text) if isinstance(text, str | bytes) else self._when_shown(text)
+
+    async def _when_shown(self, text: Coroutine[Any, Any, str | bytes]) -> bytes:
+        try:
+            return _encoded(await text)
+        except GONE as error:
+            if self.view is None:
+                raise
+            raise self._gone() from error
+
+    def _gone(self) -> OSError:
+        """What is in a view is not there any more.  It may go between two looks; an init that has
+        ended may not have been reaped yet."""
+        return OSError(errno.ENODEV, "it is gone", self.entry.name)
+
+    def _look_again(self) -> Answer[None]:
+        """See whether what a view showed here is still there: ENODEV when it is not.
+
+        Of what is in a view that is open all the time, show and store will say so.
+        """
+        if self.view is None:
+            return None
+        if not self.node.path:
+            if not lives(tag(self.face, self.view)):
+                raise self._gone()
+            return None
+        try:
+            contents = self.face.world.views.opened(self.face, self.view)
+        except FileNotFoundError as error:
+            raise self._gone() from error
+        return None if contents is self.contents else self._find_again()
+
+    async def _find_again(self) -> None:
+        # The view was closed, having been idle.
+        try:
+            node = await self.nodes.node(self.node.ino)
+        except FileNotFoundError as error:
+            raise self._gone() from error
+        if isinstance(node.entry, Attribute):
+            self.entry = node.entry
+            self.contents = node.contents
+
+    def read(self, offset: int, size: int, request: int) -> Answer[bytes]:
+        """A part of the snapshot that the read at offset 0 took."""
+        if offset and self.snapshot:
+            return self.snapshot[offset : offset + size]
+
         if self.entry.show is None:
             raise OSError(errno.EINVAL, "cannot be read", self.entry.name)
         if self.face.container.phase is Phase.GONE:
             raise OSError(errno.ENODEV, "the container was removed", self.entry.name)
         if self.watchers is not None:
             self.version = self.watchers.version
-        keyed = (self.node.key,) if KEYED <= self.node.ino & NUMBER_MASK < SHOWN else ()
-        await self._look_again()
-        assert self.entry.show is not None
-        try:
-            text: Any = self.entry.show(self.face, *keyed)
-            if not isinstance(text, str | bytes):
-                text = await text
-        except (FileNotFoundError, ProcessLookupError) as error:
-            if self.view is None:
-                raise
-            # Between that look and this; an init that has ended may not have been reaped yet.
-            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
-        return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        shown = then(self._look_again(), self._show)
+        return then(shown, lambda whole: self._part(whole, offset, size))
 
-    async def _look_again(self) -> None:
-        """See whether what a view showed here is still there: ENODEV when it is not.
-
-        Of what is in a view that is open all the time, show and store will say so.
-        """
-        if self.view is None:
-            return
-        if not self.node.path:
-            if not lives(tag(self.face, self.view)):
-                raise OSError(errno.ENODEV, "the namespace is dead", self.entry.name)
-            return
-        try:
-            contents = await self.face.world.views.of(self.face, self.view)
-            if contents is self.contents:
-                return
-            # It was closed, having been idle, and is open again.
-            found = (await self.nodes.node(self.node.ino)).entry
-        except FileNotFoundError as error:
-            raise OSError(errno.ENODEV, "it is gone", self.entry.name) from error
-        if isinstance(found, Attribute):
-            self.entry = found
-            self.contents = contents
-
-    async def read(self, offset: int, size: int, request: int) -> bytes:
-        """A part of the snapshot that the read at offset 0 took."""
-        snapshot = self.snapshot
-        if not offset or not snapshot:
-            snapshot = self.snapshot = await self._show()
-            _kept.keep(self, len(snapshot))
-        return snapshot[offset : offset + size]
+    def _part(self, whole: bytes, offset: int, size: int) -> bytes:
+        self.snapshot = whole
+        _kept.keep(self, len(whole))
+        return whole[offset : offset + size]
 
     def let_go(self) -> None:
         """Take a new snapshot when it is read again."""
@@ -156,7 +176,7 @@ class Value(OpenFile):
         """One value, whatever the offset (`>>` writes at st_size); of lines, all that were written
         one after another."""
         # Rights are the opener's, what a path leads to is the writer's.
-        caller = replace(self.caller, writer=self.writer)
+        caller = self.caller._replace(writer=self.writer)
         if self.entry.store is None:
             raise OSError(errno.EINVAL, "cannot be written", self.entry.name)
         before = self.written if self.entry.lines and offset == self.end else b""
@@ -173,7 +193,7 @@ class Value(OpenFile):
             check_mode(self.face, self.entry, number, self.caller, os.W_OK)
         with container.telling_why(self.entry.name):
             if self.view is not None:
-                await self._look_again()
+                await awaited(self._look_again())
                 check_write(self.face, self.view, self.caller)
             result = self.entry.store(self.face, os.fsdecode(value), caller)
             if result is not None:
@@ -200,6 +220,10 @@ class Value(OpenFile):
             self.watchers.drop(self)
         _kept.drop(self)
         self.face.world.opens.drop(self.token)
+
+
+def _encoded(text: str | bytes) -> bytes:
+    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 
 class Listing:

@@ -165,3 +165,17 @@ class Inotify:
     def close(self) -> None:
         """Close the instance and with it every watch."""
         os.close(self.fd)
+
+
+def keep_answer(unique: int, pid: int, dir_fd: int, path: str) -> None:
+    """Have the interposer (csrc/interposer.c) repeat what a LOOKUP is about to be answered.
+
+    For a second at most, as long as a process is there (0: none has to be) and, seen from a
+    directory (-1: none), a symbolic link.  Without an interposer nothing is repeated.
+    """
+    _lib.nsfs_keep_answer(unique, pid, dir_fd, os.fsencode(path))
+
+
+def forget_answers() -> None:
+    """Have it repeat nothing that was answered before."""
+    _lib.nsfs_forget_answers()

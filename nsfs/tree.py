@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
-from nsfs.attribute import HIDDEN, Attribute, Directory, Entry, Link, TagType
+from nsfs.attribute import HIDDEN, Attribute, Contents, Directory, Entry, Link, TagType
 
 FACE_SHIFT = 33
 NUMBER_MASK = (1 << FACE_SHIFT) - 1
@@ -55,6 +55,8 @@ class Node(NamedTuple):
     ino: int
     path: tuple[str, ...] = ()
     """Of what a view shows: the view's name, and the names below."""
+    contents: Contents | None = None
+    """Where that was found."""
 
 
 def ino(face_number: int, number: int) -> int:
@@ -221,6 +223,13 @@ class Tables:
             assert isinstance(found, TagType)
             return found
         return self._views.get(id(node.entry))
+
+    def view_called(self, name: str, face: Any) -> TagType:
+        """A face's tagged directory of that name; FileNotFoundError when it has none."""
+        found = self._children[id(self.root)].get(name)
+        if not isinstance(found, TagType) or HIDDEN in found.flags or not face.has(found):
+            raise FileNotFoundError(errno.ENOENT, "no such view", name)
+        return found
 
     def views(self) -> Iterator[TagType]:
         """Every tagged directory."""

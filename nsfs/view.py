@@ -13,15 +13,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
 from nsfs import namespaces
-from nsfs.attribute import Attribute, Caller, Contents, Directory, Entry, TagType
+from nsfs.attribute import Answer, Attribute, Caller, Contents, Directory, TagType
 from nsfs.authority import check_namespace
-from nsfs.container import Container, Face
+from nsfs.container import Container, Face, Phase
+from nsfs.syscalls import forget_answers
 
 __all__ = ["Attribute", "Caller", "Contents", "Directory", "Face", "TagType", "Views", "inside"]
 
@@ -49,14 +50,26 @@ class Views:
     def __len__(self) -> int:
         return len(self._open)
 
-    async def of(self, face: Face, view: TagType) -> Contents:
-        """What a view shows on a face, opened if need be; FileNotFoundError when its namespace is
+    def opened(self, face: Face, view: TagType) -> Contents | None:
+        """What a view shows on a face, if it is open; FileNotFoundError when its namespace is
         dead."""
         container = tag(face, view)
-        if not lives(container):
+        if not lives(container) or face.container.phase is Phase.GONE:
             raise FileNotFoundError(errno.ENOENT, "the namespace is dead", view.name)
         if view.contents is None:
             return _NOTHING
+        found = self._open.get((view, container))
+        if found is None or found.contents is None:
+            return None
+        found.used = time.monotonic()
+        return found.contents
+
+    def of(self, face: Face, view: TagType) -> Answer[Contents]:
+        """The same, opened if need be."""
+        return self.opened(face, view) or self._opening(tag(face, view), view)
+
+    async def _opening(self, container: Container, view: TagType) -> Contents:
+        assert view.contents is not None
         key = (view, container)
         found = self._open.get(key)
         while found is not None:
@@ -83,24 +96,18 @@ class Views:
         self._open[key] = found
         return contents
 
-    def opened(self, face: Face, view: TagType) -> Contents | None:
-        """What a view shows on a face, if it is open."""
-        found = self._open.get((view, tag(face, view)))
-        if found is None:
-            return None
-        found.used = time.monotonic()
-        return found.contents
-
     def close_idle(self) -> None:
         """Close what nobody has looked at for IDLE_S."""
         before = time.monotonic() - IDLE_S
         for key, each in list(self._open.items()):
             if each.contents is not None and each.used < before:
                 del self._open[key]
+                forget_answers()
                 each.contents.close()
 
     def ended(self, container: Container) -> None:
         """The container's namespaces are dead, or will be others."""
+        forget_answers()
         for key in [key for key in self._open if key[1] is container]:
             each = self._open.pop(key)
             if each.contents is not None:
@@ -119,16 +126,23 @@ def tag(face: Face, view: TagType) -> Container:
     return found
 
 
+def life(container: Container) -> int | None:
+    """The process that its namespaces live as long as: its init, 0 for the host's, which live as
+    long as anything does; None: they are dead."""
+    if container.parent is None:
+        return 0
+    return container.init_pid or None if container.alive() else None
+
+
 def lives(container: Container) -> bool:
     """Whether its namespaces are still held by its init."""
-    if container.parent is None:
-        return True
-    if not container.alive():
-        return False
+    pid = life(container)
+    if not pid:
+        return pid is not None
     try:
         # A tenth of what a look into /proc costs.  What has ended and was reaped is not there any
         # more, although its death may not have been told yet.
-        os.kill(container.init_pid, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     return True
@@ -145,18 +159,6 @@ def check_write(face: Face, view: TagType, caller: Caller) -> None:
         raise OSError(errno.ENODEV, "the namespace is dead", view.name)
     if view.kind in namespaces.ALL and container is not face.container:
         check_namespace(face, view.kind, caller)
-
-
-async def entry_of(contents: Contents, path: tuple[str, ...]) -> Entry:
-    """What is at a path of what a view shows."""
-    found = contents.entry(path)
-    return found if isinstance(found, Entry) else await found
-
-
-async def names_of(contents: Contents, path: tuple[str, ...]) -> Iterable[str]:
-    """The names in a directory of it."""
-    found = contents.names(path)
-    return await found if isinstance(found, Awaitable) else found
 
 
 async def inside(

@@ -8,6 +8,7 @@
  *   - record each request in the memfd that the supervisor keeps (inflight.h) and hand what an
  *     earlier daemon left unanswered to this one;
  *   - say which request is being dispatched, which pyfuse3 hides;
+ *   - repeat the answers of LOOKUPs for as long as what they depend on is there (answer_again());
  *   - pass each INTERRUPT, which pyfuse3 ignores, to the event loop through a pipe.
  *
  * Why no request is lost or done twice.  The kernel copies a request into the landing; it is recorded
@@ -29,6 +30,7 @@
 #include <fcntl.h>
 #include <fuse3/fuse_lowlevel.h>
 #include <link.h>
+#include <signal.h>
 #include <linux/fuse.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -38,11 +40,16 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "inflight.h"
 
 #define NO_SLOT UINT16_MAX
+#define ANSWERS 1024U
+#define ANSWER_PATH 64
+#define ANSWER_NAME 64
+#define ANSWER_MS 1000U		/* as long as the kernel is told to believe what is deeper */
 _Static_assert(INFLIGHT_SLOTS <= NO_SLOT, "slots are numbered by uint16_t");
 _Static_assert((INFLIGHT_SLOTS & (INFLIGHT_SLOTS - 1)) == 0, "bucket_of() masks");
 
@@ -58,6 +65,24 @@ static unsigned free_count;
 static uint16_t bucket[INFLIGHT_SLOTS], chain[INFLIGHT_SLOTS];	/* slots by unique */
 
 static bool init_due;			/* libfuse has to be given the stored INIT */
+/* What a LOOKUP was answered, and what has to be there for it to be answered the same again. */
+struct answer {
+	uint64_t nodeid;		/* 0: none */
+	uint64_t until_ms;		/* CLOCK_MONOTONIC_COARSE */
+	pid_t pid;			/* a process; 0: none */
+	int dir_fd;			/* from which path is looked up; -1: nothing is */
+	char path[ANSWER_PATH];		/* a symbolic link, wherever it leads */
+	char name[ANSWER_NAME];
+	struct {
+		struct fuse_out_header out;
+		struct fuse_entry_out entry;
+	} reply;
+};
+
+static struct answer answers[ANSWERS];
+static struct answer promised;		/* what is known of the answer that is about to be written */
+static uint64_t promised_unique;	/* 0: none is */
+
 static uint16_t replay[INFLIGHT_SLOTS];	/* slots to hand out, oldest first */
 static unsigned replay_count, replay_next;
 
@@ -296,6 +321,110 @@ static ssize_t nothing(void)
 	return -1;
 }
 
+static uint64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* Where the answer to a LOOKUP is kept: FNV-1a. */
+static struct answer *answer_for(uint64_t nodeid, const char *name)
+{
+	uint32_t hash = 2166136261U ^ (uint32_t)nodeid ^ (uint32_t)(nodeid >> 32);
+
+	while (*name)
+		hash = (hash ^ (uint8_t)*name++) * 16777619U;
+	return &answers[hash % ANSWERS];
+}
+
+/* The name that a LOOKUP asks for, or NULL for what is none or too long. */
+static const char *looked_up(const struct fuse_in_header *in)
+{
+	const char *name = (const char *)(in + 1);
+
+	if (in->opcode != FUSE_LOOKUP || in->len <= sizeof(*in))
+		return NULL;
+	return strnlen(name, in->len - sizeof(*in)) < ANSWER_NAME ? name : NULL;
+}
+
+static bool still_holds(const struct answer *answer)
+{
+	char link;
+
+	return now_ms() < answer->until_ms &&
+	       (!answer->pid || !kill(answer->pid, 0)) &&
+	       (answer->dir_fd < 0 ||
+		readlinkat(answer->dir_fd, answer->path, &link, sizeof(link)) > 0);
+}
+
+/*
+ * What stands in a tagged directory is looked up at each walk of a path (entry_timeout 0): it is to be
+ * gone once its namespace is, or it itself, and nobody who changes an interface or kills an init waits
+ * until somebody has had the kernel forget a name.  Nearly always it is there as it was before.  To
+ * see that takes two system calls; through the daemon it would be as long as an OPEN or a READ.
+ */
+static bool answer_again(const struct fuse_in_header *in)
+{
+	const char *name = looked_up(in);
+	struct answer *answer = name ? answer_for(in->nodeid, name) : NULL;
+
+	if (!answer || answer->nodeid != in->nodeid || strcmp(answer->name, name))
+		return false;
+	if (!still_holds(answer)) {
+		answer->nodeid = 0;
+		return false;
+	}
+	answer->reply.out.unique = in->unique;
+	/* ENOENT: nobody waits for it any more. */
+	return write(device_fd, &answer->reply, answer->reply.out.len) >= 0 || errno == ENOENT;
+}
+
+/* The answer that was promised is about to be written. */
+static void keep_answer(const struct iovec *iov, int count)
+{
+	uint16_t slot = *find(promised_unique);
+	const char *name = slot == NO_SLOT ? NULL : looked_up(slot_at(slot));
+	const struct fuse_out_header *out = iov[0].iov_base;
+
+	promised_unique = 0;
+	if (!name || out->error || count != 2 || iov[0].iov_len != sizeof(promised.reply.out) ||
+	    iov[1].iov_len > sizeof(promised.reply.entry))
+		return;
+	promised.nodeid = slot_at(slot)->nodeid;
+	promised.until_ms = now_ms() + ANSWER_MS;
+	strcpy(promised.name, name);
+	promised.reply.out = *out;
+	memcpy(&promised.reply.entry, iov[1].iov_base, iov[1].iov_len);
+	*answer_for(promised.nodeid, name) = promised;
+}
+
+/*
+ * For the daemon (nsfs/syscalls.py): the answer that the LOOKUP of that number is about to be given may
+ * be repeated to whoever asks for the next second, as long as a process is there and a symbolic link.
+ */
+__attribute__((visibility("default")))
+void nsfs_interposer_keep_answer(uint64_t unique, int pid, int dir_fd, const char *path)
+{
+	if (strlen(path) >= sizeof(promised.path))
+		return;
+	promised_unique = unique;
+	promised.pid = pid;
+	promised.dir_fd = dir_fd;
+	strcpy(promised.path, path);
+}
+
+/* For the daemon: what it would answer may have changed, or a descriptor is about to be closed. */
+__attribute__((visibility("default")))
+void nsfs_interposer_forget_answers(void)
+{
+	promised_unique = 0;
+	for (unsigned i = 0; i < ANSWERS; i++)
+		if (answers[i].nodeid)
+			answers[i].nodeid = 0;
+}
+
 static ssize_t read_device(void *buffer, size_t size)
 {
 	struct fuse_in_header *in = landing();
@@ -318,6 +447,8 @@ static ssize_t read_device(void *buffer, size_t size)
 		store(&in->len, 0);
 		return hand_over_init(buffer, size);
 	}
+	if (answer_again(in))
+		return nothing();
 	if (needs_reply(in->opcode) && !record(in)) {
 		reply_error(device_fd, in->unique, EBUSY);
 		return nothing();
@@ -406,6 +537,8 @@ static ssize_t session_writev(int fd, struct iovec *iov, int count, void *userda
 		return writev(device_fd, iov, count);
 	if (head->init_bytes && out->unique == init->unique)
 		return write_init_reply(iov, count);
+	if (out->unique == promised_unique)
+		keep_answer(iov, count);
 	bytes = writev(device_fd, iov, count);
 	error = errno;
 	if (bytes < 0 && error != ENOENT)	/* libfuse drops it now: its caller must not wait for ever */

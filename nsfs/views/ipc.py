@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 
 from nsfs import idmap, members
-from nsfs.attribute import Attribute, Contents, Directory, Entry, TagType
+from nsfs.attribute import Answer, Attribute, Contents, Directory, Entry, TagType
 from nsfs.container import Container, Face
 from nsfs.syscalls import new_mount
 from nsfs.sysctl import Sysctls
@@ -90,7 +90,7 @@ class Queues(Contents):
         os.close(fd)
         self._sysctls.close()
 
-    def names(self, path: tuple[str, ...]) -> Iterable[str] | Awaitable[Iterable[str]]:
+    def names(self, path: tuple[str, ...]) -> Answer[Iterable[str]]:
         """Two directories, the queues, sysctls."""
         if not path:
             return ("mqueue", "sysctl")
@@ -102,7 +102,11 @@ class Queues(Contents):
         finally:
             os.close(fd)
 
-    def entry(self, path: tuple[str, ...]) -> Entry | Awaitable[Entry]:
+    def depends_on(self, path: tuple[str, ...]) -> tuple[int, str]:
+        """Both directories are always there."""
+        return -1, ""
+
+    def entry(self, path: tuple[str, ...]) -> Answer[Entry]:
         """A directory, a queue or a sysctl."""
         if path[0] == "sysctl":
             return self._sysctls.entry(path[1:])

@@ -24,10 +24,20 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from nsfs import netconf, network
-from nsfs.attribute import Attribute, Caller, Contents, Directory, Entry, Link, TagType, lines
+from nsfs.attribute import (
+    Answer,
+    Attribute,
+    Caller,
+    Contents,
+    Directory,
+    Entry,
+    Link,
+    TagType,
+    lines,
+)
 from nsfs.authority import check_holder
 from nsfs.container import Container, Face
 from nsfs.rtnetlink import NAME_MAX, Address, Rtnetlink
@@ -71,9 +81,10 @@ class Interfaces(Contents):
         """The mount goes with its last descriptor."""
         fd, self._fd = self._fd, -1
         os.close(fd)
+        self._made.clear()
         self._sysctls.close()
 
-    def names(self, path: tuple[str, ...]) -> Iterable[str] | Awaitable[Iterable[str]]:
+    def names(self, path: tuple[str, ...]) -> Answer[Iterable[str]]:
         """Interfaces and `sysctl`, or what the kernel shows of one."""
         if path[:1] == (SYSCTL,):
             return self._sysctls.names(("net", *path[1:]))
@@ -116,7 +127,7 @@ class Interfaces(Contents):
         finally:
             os.close(fd)
 
-    def entry(self, path: tuple[str, ...]) -> Entry | Awaitable[Entry]:
+    def entry(self, path: tuple[str, ...]) -> Answer[Entry]:
         """An interface, a directory of one, an attribute, or a link to another interface; or a
         sysctl."""
         if path == (SYSCTL,):
@@ -129,6 +140,10 @@ class Interfaces(Contents):
         if len(path[0]) > NAME_MAX or len(os.fsencode(path[0])) > NAME_MAX:
             return self._long(path)
         return self._entry(path, path[0])
+
+    def depends_on(self, path: tuple[str, ...]) -> tuple[int, str]:
+        """An interface is there as long as the kernel has a link of that name."""
+        return (-1, "") if path == (SYSCTL,) else (self._fd, self._path(path))
 
     async def _long(self, path: tuple[str, ...]) -> Entry:
         """What is at the path of an interface that is known by an alternative name."""
@@ -190,8 +205,8 @@ class Interfaces(Contents):
     def _make(self, path: tuple[str, ...], where: str, mode: int) -> Attribute:
         quick = path[1] == "statistics" or (len(path) == 2 and path[1] in QUICK)
 
-        async def show(face: Face) -> bytes:
-            return self._read(where) if quick else await in_thread(lambda: self._read(where))
+        def show(face: Face) -> Answer[bytes]:
+            return self._read(where) if quick else in_thread(lambda: self._read(where))
 
         async def store(face: Face, value: str, caller: Caller) -> None:
             await in_thread(lambda: self._write(where, value))

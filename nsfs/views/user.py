@@ -82,6 +82,10 @@ class Users(Contents):
             return [str(uid) for uid in sorted(await self._count())]
         return list(FILES_OF_A_USER)
 
+    def depends_on(self, path: tuple[str, ...]) -> tuple[int, str]:
+        """The directory is always there."""
+        return -1, ""
+
     async def entry(self, path: tuple[str, ...]) -> Entry:
         """A directory, or a file of a user."""
         if path == ("uids",):

@@ -4,6 +4,8 @@
     data    the file STATE/data
     number  the number of the daemon, from 1
     caller  thread ID, uid and gid of who reads it
+    seen    is there as long as the process STATE/holder and the symbolic link STATE/link are; its
+            size is how often it was looked up here
 
 and directories, which are symlinks STATE/dirs/NAME to the unique of the mkdir that made them: so
 one that is replayed is recognised.  STATE/journal has a line for each mkdir carried out,
@@ -27,9 +29,10 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
+from nsfs.syscalls import forget_answers, keep_answer
 from nsfs.takeover import Device
 
-FILES = {b"park": 2, b"data": 3, b"number": 4, b"caller": 5}
+FILES = {b"park": 2, b"data": 3, b"number": 4, b"caller": 5, b"seen": 6}
 FIRST_DIRECTORY = 1000
 
 
@@ -43,6 +46,9 @@ class ParkedFS(pyfuse3.Operations):
         self.replayed_fd = os.open(state / "replayed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.released = trio.Event()
         self.parked: dict[int, trio.CancelScope] = {}
+        self.state_fd = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+        self.lookups = 0
+        self.mode = 0o666
 
     def init(self) -> None:
         if self.device.generation == 1 and fault(self.state) == "stop in":
@@ -58,7 +64,9 @@ class ParkedFS(pyfuse3.Operations):
         attributes.st_size = 4096
         attributes.st_nlink = 1
         directory = inode == pyfuse3.ROOT_INODE or inode >= FIRST_DIRECTORY
-        attributes.st_mode = stat.S_IFDIR | 0o755 if directory else stat.S_IFREG | 0o666
+        attributes.st_mode = stat.S_IFDIR | 0o755 if directory else stat.S_IFREG | self.mode
+        if inode == FILES[b"seen"]:
+            attributes.st_size = self.lookups
         attributes.attr_timeout = attributes.entry_timeout = 0
         return attributes
 
@@ -74,12 +82,27 @@ class ParkedFS(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: Any, fields: Any, fh: Any, ctx: Any
     ) -> EntryAttributes:
+        if fields.update_mode:
+            self.mode = stat.S_IMODE(attr.st_mode)
+            forget_answers()
         return self.attributes(inode)
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> EntryAttributes:
         if parent_inode != pyfuse3.ROOT_INODE:
             raise FUSEError(errno.ENOENT)
+        if name == b"seen":
+            self.look()
         return self.attributes(FILES.get(name) or self.directory(name))
+
+    def look(self) -> None:
+        self.lookups += 1
+        holder = int((self.state / "holder").read_text())
+        try:
+            os.kill(holder, 0)
+            os.readlink("link", dir_fd=self.state_fd)
+        except OSError:
+            raise FUSEError(errno.ENOENT) from None
+        keep_answer(self.device.current()[0], holder, self.state_fd, "link")
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         pass

@@ -54,6 +54,7 @@ PR_SET_CHILD_SUBREAPER = 36
         "killed_around_init stop_before",
         "killed_around_init stop_in",
         "killed_around_init stop_in unrecorded",
+        "lookups_are_answered_again",
         "large_requests",
         "clean_end",
         "stop_of_a_stuck_daemon",
@@ -468,6 +469,46 @@ def killed_around_init(directory: Path, fault: str, unrecorded: str = "") -> Non
         assert mounted.number() == 2
         mounted.kill_daemon()
         assert mounted.number() == 3
+
+
+def lookups_are_answered_again(directory: Path) -> None:
+    """As long as what the answer depends on is there, and for a second."""
+
+    def gone() -> bool:
+        try:
+            (mounted.root / "seen").stat()
+        except FileNotFoundError:
+            return True
+        return False
+
+    with served(directory) as mounted, subprocess.Popen(["sleep", "1000"]) as holder:
+        seen, link = mounted.root / "seen", mounted.state / "link"
+        (mounted.state / "holder").write_text(str(holder.pid))
+        link.symlink_to("nowhere")
+        began = time.monotonic()
+        for _ in range(1000):
+            found = seen.stat()
+        lookups = found.st_size
+        print(f"{lookups} lookups for 1000 stat")
+        assert lookups <= 2 + (time.monotonic() - began)
+        until(lambda: seen.stat().st_size > lookups)
+        # What the daemon says has changed.
+        for mode in (0o600, 0o640):
+            seen.chmod(mode)
+            assert seen.stat().st_mode & 0o777 == mode
+        # What it depends on is gone, at that moment.
+        for _ in range(20):
+            link.rename(f"{link}.gone")
+            assert gone()
+            Path(f"{link}.gone").rename(link)
+            assert not gone()
+        # The next daemon knows nothing of that.
+        mounted.kill_daemon()
+        assert not gone()
+        assert seen.stat().st_size <= 2 + (time.monotonic() - began)
+        holder.kill()
+        holder.wait()
+        assert gone()
 
 
 def large_requests(directory: Path) -> None:
