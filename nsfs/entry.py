@@ -341,13 +341,13 @@ def sealed_program() -> int:
 # --- link(2) ---
 
 
-def is_ln(tid: int) -> bool:
+async def is_ln(root: Container, tid: int) -> bool:
     """Whether a program is an ln(1).
 
     Its file is called `ln` or `gln`; or it is called `busybox`, `toybox` or `coreutils`, with
     whatever follows a dot or a hyphen, and was started as `ln`, or as itself with `ln` (or
     `--coreutils-prog=ln`) as its first argument, or calls itself `ln` (comm): a busybox shell runs
-    its ln without executing anything.
+    its ln without executing anything.  EBUSY when it does not let itself be looked at.
     """
     try:
         exe = os.path.basename(os.readlink(f"/proc/{tid}/exe")).removesuffix(" (deleted)")
@@ -355,19 +355,17 @@ def is_ln(tid: int) -> bool:
             return True
         if not MULTI_CALL.fullmatch(exe):
             return False
-        words = [os.fsdecode(x) for x in kernfs.read_once(f"/proc/{tid}/cmdline").split(b"\0")]
         comm = kernfs.read_once(f"/proc/{tid}/comm")
     except OSError:
         return False
+    if comm == b"ln\n":
+        return True
+    words = [os.fsdecode(x) for x in (await members.command_line(root, tid)).split(b"\0")]
     called = os.path.basename(words[0])
-    return (
-        called == "ln"
-        or comm == b"ln\n"
-        or (
-            bool(MULTI_CALL.fullmatch(called))
-            and len(words) > 1
-            and words[1] in ("ln", "--coreutils-prog=ln")
-        )
+    return called == "ln" or (
+        bool(MULTI_CALL.fullmatch(called))
+        and len(words) > 1
+        and words[1] in ("ln", "--coreutils-prog=ln")
     )
 
 
@@ -402,7 +400,7 @@ async def link(face: Face, name: str, source: Face, key: int, caller: Caller) ->
     check_open(container)
     if members.container_of(container, pid) is not None:
         raise OSError(errno.EEXIST, "it is in the container already", name)
-    if own and is_ln(caller.tid):
+    if own and await is_ln(container.world.root, caller.tid):
         check_part(types)
         await become_session(face, types, caller)
     elif own:

@@ -8,7 +8,6 @@ PID for each PID namespace from the reader's down to the process's own.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import pwd
 from collections.abc import Iterator
@@ -18,10 +17,13 @@ import trio
 from nsfs import cgroup, idmap
 from nsfs.attribute import one_line
 from nsfs.container import Container, Face
+from nsfs.kernfs import read_once
 from nsfs.processes import start_time
 
 COMMAND_WAIT_S = 0.2
 """How long a process may keep us from reading its command line."""
+COMMANDS_AT_ONCE = 4
+"""How many of those of one container at the top, or of one user, may be read at once."""
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -181,7 +183,7 @@ async def describe(face: Face, pid: int) -> list[tuple[str, object]]:
     return [
         ("container", face.path_to(home)),
         ("user", 65534 if inside is None else _user_name(face, inside)),
-        ("command", await command(pid) or f"[{status.get('Name', '')}]"),
+        ("command", await command(face.world.root, pid) or f"[{status.get('Name', '')}]"),
         ("since", f"{started(pid):.2f}"),
     ]
 
@@ -197,30 +199,51 @@ def _user_name(face: Face, uid: int) -> str:
     return str(uid)
 
 
-async def command(pid: int) -> str:
-    """The command line with what cannot be printed escaped; "" when it has none or hides it.
-
-    Reading it takes the process's mmap_lock, which a process holds while its mmap(2) of a file
-    waits for that file's filesystem: for us, it may be.  So a thread waits, and not for long.
-    """
-    raw = b""
-    with trio.move_on_after(COMMAND_WAIT_S):
-        raw = await trio.to_thread.run_sync(
-            _read_command, pid, abandon_on_cancel=True, limiter=_command_threads()
-        )
+async def command(root: Container, pid: int) -> str:
+    """The command line with what cannot be printed escaped; "" when it has none or hides it."""
+    try:
+        raw = await command_line(root, pid)
+    except OSError:
+        raw = b""
     words = raw.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
-@functools.cache
-def _command_threads() -> trio.CapacityLimiter:
-    return trio.CapacityLimiter(8)
+async def command_line(root: Container, pid: int) -> bytes:
+    """/proc/PID/cmdline, 4096 bytes of it at most; EBUSY when the process keeps us from it.
+
+    Reading it takes the process's mmap_lock, which a process holds while its mmap(2) of a file
+    waits for that file's filesystem: for us, it may be.  So a thread waits, and not for long.  Of
+    the processes of one container at the top, or of one user, a few can be waited for at once.
+    """
+    account = account_of(root, pid)
+    limiter = _readers.setdefault(account, trio.CapacityLimiter(COMMANDS_AT_ONCE))
+    try:
+        with trio.move_on_after(COMMAND_WAIT_S):
+            return await trio.to_thread.run_sync(
+                _read_command, pid, abandon_on_cancel=True, limiter=limiter
+            )
+    finally:
+        for each in [each for each, used in _readers.items() if not used.borrowed_tokens]:
+            del _readers[each]
+    raise OSError(errno.EBUSY, "its command line is locked", str(pid))
+
+
+_readers: dict[tuple[bool, int], trio.CapacityLimiter] = {}
+
+
+def account_of(root: Container, pid: int) -> tuple[bool, int]:
+    """On whose account it is what a process keeps for itself: (True, number of the container at the
+    top that it is in) or (False, the host's user)."""
+    home = container_of(root, pid)
+    if home is None or home is root:
+        return False, owner(pid)[0]
+    return True, next(each.number for each in home.lineage() if each.parent is root)
 
 
 def _read_command(pid: int) -> bytes:
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read(4096)
+        return read_once(f"/proc/{pid}/cmdline")
     except (FileNotFoundError, ProcessLookupError):
         return b""
 

@@ -569,6 +569,36 @@ HARM: dict[str, tuple[str, str]] = {
         """,
         "cat procs/*; cat procs/*",
     ),
+    # It is looked at whether what links itself is an ln of busybox.
+    "a link whose command line is locked": (
+        """
+        import shutil
+        os.mkdir("/sys/namespaces/db")
+        shutil.copy("/usr/bin/python3", "/tmp/busybox")
+        program = """
+        + repr("""if True:
+            import ctypes, mmap, os, threading, time
+            fd = os.open("/dev/kmsg", os.O_RDONLY)
+            first = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+            if not os.fork():
+                first[0]
+            time.sleep(0.3)
+            # The lock of the interpreter is given up.
+            mapping = threading.Thread(target=ctypes.CDLL(None).mmap, args=(None, 4096, 1, 2, fd, 0))
+            mapping.start()
+            time.sleep(0.3)
+            try:
+                os.link("/sys/namespaces/procs/self", "/sys/namespaces/db/procs/self")
+            except OSError as error:
+                print("ready" if error.errno == 16 else error)
+            """)
+        + """
+        if not os.fork():
+            os.execv("/tmp/busybox", ["/tmp/busybox", "-u", "-c", program])
+        time.sleep(1000)
+        """,
+        "cat state",
+    ),
     "asynchronous reads that never end": (
         """
         fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_DIRECT)
