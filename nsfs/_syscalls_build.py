@@ -52,11 +52,13 @@ ffi.set_source(
     #include <linux/openat2.h>
     #include <linux/seccomp.h>
     #include <sched.h>
+    #include <signal.h>
     #include <string.h>
     #include <sys/inotify.h>
     #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/syscall.h>
+    #include <sys/time.h>
     #include <unistd.h>
 
     /* Each returns what the call does, or -errno: no second call to fetch errno. */
@@ -121,10 +123,25 @@ ffi.set_source(
         return result;
     }
 
+    static void nsfs_nothing(int number) { (void)number; }
+
+    /* There is no way to ask without waiting for a call, and whoever else has the listener may have
+     * received the one that there was.  So a signal ends the wait. */
     static int nsfs_notif_recv(int fd, void *notif)
     {
+        static const struct sigaction action = { .sa_handler = nsfs_nothing };
+        static const struct itimerval each_ms = { { 0, 1000 }, { 0, 1000 } }, never;
+        static int ready;
+        int result;
+
+        if (!ready && sigaction(SIGALRM, &action, NULL) < 0)
+            return nsfs_result(-1);
+        ready = 1;
         memset(notif, 0, sizeof(struct seccomp_notif));
-        return nsfs_result(ioctl(fd, SECCOMP_IOCTL_NOTIF_RECV, notif));
+        setitimer(ITIMER_REAL, &each_ms, NULL);
+        result = nsfs_result(ioctl(fd, SECCOMP_IOCTL_NOTIF_RECV, notif));
+        setitimer(ITIMER_REAL, &never, NULL);
+        return result;
     }
 
     static int nsfs_notif_valid(int fd, unsigned long long id)

@@ -16,7 +16,6 @@ himself or is moved, it is the kernel that decides whether he is privileged over
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -24,14 +23,13 @@ import os
 import re
 import socket
 import struct
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
 import trio
 
-from nsfs import cgroup, idmap, kernfs, leaf, members, namespaces
+from nsfs import cgroup, foreign, idmap, kernfs, leaf, members, namespaces
 from nsfs.attribute import Caller
 from nsfs.authority import check_ids
 from nsfs.container import Container, Face, Phase
@@ -63,27 +61,6 @@ _TRACER_SOCKET_FD = 3
 OFFER_WAIT_S = 1.0
 """How long an init with more connections than it takes may keep an ln(1) from being killed."""
 _MFD_EXEC = 0x10  # Linux 6.3
-_SYS_PIDFD_GETFD = 438  # the same on every architecture
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def take_fd(tid: int, number: int) -> int:
-    """A duplicate of the descriptor of a thread (pidfd_getfd(2)): EBADF when it has none such."""
-    try:
-        pid_fd = os.pidfd_open(tid)
-    except OSError as error:
-        # A thread that does not lead its group.
-        if error.errno != errno.EINVAL:
-            raise
-        pid_fd = os.pidfd_open(thread_group(tid))
-    try:
-        fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pid_fd, number, 0))
-    finally:
-        os.close(pid_fd)
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"pidfd_getfd: {os.strerror(number)}", str(tid))
-    return fd
 
 
 def parse_types(text: str) -> frozenset[str]:
@@ -184,49 +161,64 @@ def check_part(types: frozenset[str]) -> None:
         raise PermissionError(errno.EPERM, "user is joined with mnt only", "user")
 
 
-async def admit(container: Container, types: frozenset[str], channel: socket.socket) -> None:
-    """Wait for a process that has joined some of the namespaces, and count it among the members."""
-    channel.setblocking(False)
-    with trio.socket.from_stdlib_socket(channel) as sock, contextlib.ExitStack() as stack:
-        try:
-            room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(4)
-            data, control, _, _ = await sock.recvmsg(16, room, socket.MSG_CMSG_CLOEXEC)
-            listener_fds = [
-                int.from_bytes(payload, sys.byteorder)
-                for level, kind, payload in control
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-            ]
-            for fd in listener_fds:
-                stack.callback(os.close, fd)
-            pid = next(
-                (
-                    _UCRED.unpack(payload)[0]
-                    for level, kind, payload in control
-                    if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
-                ),
-                0,
-            )
-            if not data or not pid:
-                return
-            error = 0
-            try:
-                check_open(container)
-                for kind in types - {"pid", namespaces.SYSLOG}:
-                    inside = namespaces.identity(container.init_pid, kind)
-                    if namespaces.identity(pid, kind) != inside:
-                        raise PermissionError(errno.EPERM, "it has not joined", kind)
-                group = leaf.Leaf(container, home_of(container, pid), pid, shown(types))
-                group.take()
-                if namespaces.SYSLOG in types:
-                    for fd in listener_fds:
-                        container.world.listen(container, pid, fd)
-                container.world.start(group.watch)
-                container.tell()
-            except OSError as reason:
-                error = -(reason.errno or errno.EIO)
-            await sock.send(_OFFER.pack(error, 0, 0, 0, 0))
-        except OSError:
-            log.debug("a session in part of %s has ended early", container.name)
+async def admit(
+    container: Container, types: frozenset[str], fd: int, account: foreign.Account
+) -> None:
+    """Wait for a process that has joined some of the namespaces, and count it among the members.
+
+    `fd` is the channel, which is let go of afterwards.
+    """
+    channel = socket.socket(fileno=fd)
+    taken = [fd]
+    try:
+        await _admit(container, types, channel, taken)
+    except OSError:
+        log.debug("a session in part of %s has ended early", container.name)
+    finally:
+        channel.detach()
+        foreign.let_go(container.world, account, taken)
+
+
+async def _admit(
+    container: Container,
+    types: frozenset[str],
+    channel: socket.socket,
+    taken: list[int],
+) -> None:
+    room = socket.CMSG_SPACE(_UCRED.size)
+    if namespaces.SYSLOG in types:
+        room += socket.CMSG_SPACE(4)
+    data, control = await foreign.receive(channel, room)
+    fds = list(foreign.received(control))
+    taken += fds
+    pid = next(
+        (
+            _UCRED.unpack(payload)[0]
+            for level, kind, payload in control
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+        ),
+        0,
+    )
+    if not data or not pid:
+        return
+    error = 0
+    try:
+        check_open(container)
+        for kind in types - {"pid", namespaces.SYSLOG}:
+            inside = namespaces.identity(container.init_pid, kind)
+            if namespaces.identity(pid, kind) != inside:
+                raise PermissionError(errno.EPERM, "it has not joined", kind)
+        if any(foreign.kind(fd) != foreign.LISTENER for fd in fds):
+            raise OSError(errno.EINVAL, "not a listener", container.name)
+        group = leaf.Leaf(container, home_of(container, pid), pid, shown(types))
+        group.take()
+        for fd in fds[:1]:
+            container.world.listen(container, pid, fd)
+        container.world.start(group.watch)
+        container.tell()
+    except OSError as reason:
+        error = -(reason.errno or errno.EIO)
+    channel.send(_OFFER.pack(error, 0, 0, 0, 0), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def shown(types: frozenset[str]) -> str:
@@ -243,15 +235,23 @@ async def enter_program(face: Face, name: str, caller: Caller) -> None:
     container = face.container
     check_open(container)
     check_part(types)
-    channel = socket.socket(fileno=take_fd(caller.tid, int(number)))
+    world = container.world
+    account = members.account_of(world.root, caller.tid)
+    foreign.hold(account)
+    taken: list[int] = []
+    begun = False
     try:
-        if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            raise OSError(errno.EINVAL, "not a channel", name)
-        await send_offer(face, types, caller, channel)
+        channel = foreign.take_channel(caller.tid, int(number), taken)
+        try:
+            await send_offer(face, types, caller, channel)
+        finally:
+            channel.detach()
         if types:
-            container.world.start(admit, container, types, channel.dup())
+            world.start(admit, container, types, taken.pop(), account)
+            begun = True
     finally:
-        channel.close()
+        if not begun:
+            foreign.let_go(world, account, taken)
 
 
 # --- the tracer ---
@@ -432,7 +432,9 @@ async def become_session(face: Face, types: frozenset[str], caller: Caller) -> N
             if waiting.cancelled_caught:
                 raise OSError(errno.EAGAIN, "the init answers nobody", container.name)
             if types:
-                container.world.start(admit, container, types, ours.dup())
+                account = members.account_of(container.world.root, caller.tid)
+                foreign.hold(account)
+                container.world.start(admit, container, types, os.dup(ours.fileno()), account)
         except OSError as error:
             with contextlib.suppress(OSError):
                 ours.send(_OFFER.pack(-(error.errno or errno.EIO), 0, 0, 0, 0), socket.MSG_NOSIGNAL)

@@ -120,7 +120,8 @@ class Notifications:
         self._notif = _ffi.from_buffer(buffer, require_writable=True)
 
     def receive(self, listener_fd: int) -> bool:
-        """Receive one when poll(2) says that there is one; False: it has gone meanwhile."""
+        """Receive one when poll(2) says that there is one; False: it has gone meanwhile, or another
+        has received it."""
         return bool(_lib.nsfs_notif_recv(listener_fd, self._notif) == 0)
 
     @staticmethod

@@ -702,7 +702,7 @@ def test_memory_that_does_not_come_of_a_container_that_goes(
 
 def only(web: Container, types: str, *command: str, **options: Any) -> subprocess.Popen[str]:
     """A session of the host's root in some of the namespaces."""
-    words = [*NSFS, "enter", str(web.path), "--only", types, "--", *command]
+    words = [*NSFS, "enter", "--only", types, str(web.path), "--", *command]
     return subprocess.Popen(
         words, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **options
     )
