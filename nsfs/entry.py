@@ -60,6 +60,8 @@ _UCRED = struct.Struct("=iII")
 _TRACER_SOCKET_FD = 3
 OFFER_WAIT_S = 1.0
 """How long an init with more connections than it takes may keep an ln(1) from being killed."""
+UNIX_PATH_MAX = 107
+"""Bytes of a socket's path (unix(7))."""
 _MFD_EXEC = 0x10  # Linux 6.3
 
 
@@ -92,6 +94,13 @@ def bits(types: frozenset[str]) -> int:
 # --- sessions ---
 
 
+def is_proven(face: Face, caller: Caller) -> bool:
+    """Whether the directory's word is enough for a caller to have the container's IDs: not of the
+    root who may have others'."""
+    shared = face.container.holder_of_ids() is not face.container
+    return not (shared and caller.uid == face.viewpoint.root_uid)
+
+
 async def send_offer(
     face: Face, types: frozenset[str], caller: Caller, channel: socket.socket
 ) -> None:
@@ -104,8 +113,7 @@ async def send_offer(
     container = face.container
     if not types:
         check_ids(face, caller)
-    shared = container.holder_of_ids() is not container
-    proven = not (shared and caller.uid == face.viewpoint.root_uid)
+    proven = is_proven(face, caller)
     with contextlib.ExitStack() as stack:
 
         def namespace(kind: str) -> int:
@@ -413,19 +421,39 @@ async def become_session(face: Face, types: frozenset[str], caller: Caller) -> N
     """Make the caller, which is an ln(1), the session program.
 
     It stops only when its link(2) is answered, which it never sees, so that is done as soon as the
-    tracer has interrupted it; the kernel, too, asks for it then.  Meanwhile the session is
-    prepared, and once it is a session that can fail only as one fails.
+    tracer has interrupted it; the kernel, too, asks for it then.  Once it is a session that can
+    fail only as one fails.
     """
     container = face.container
     if not types:
         check_ids(face, caller)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = os.fsencode(container.world.store.socket_path(container.number))
+    if types or len(path) > UNIX_PATH_MAX or not is_proven(face, caller):
+        reply = await offer_to_ln(face, types, caller)
+    else:
+        request = session_request(container, caller) + b"\0" + path
+        program_fd = Tracer.of(container.world).program_fd
+        reply = Tracer.send(container.world, request, (program_fd,))
+    await Tracer.reply(reply)
+    # Not EINTR, after which the kernel would ask for the attributes of `self` anew.
+    raise OSError(errno.ECANCELED, "it is a session", container.name)
+
+
+def session_request(container: Container, caller: Caller) -> bytes:
+    """What the tracer is asked."""
     name = os.fsencode(container.name)[:200]
-    request = _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, not types) + name
+    return _TRACE_REQUEST.pack(_TRACE_SESSION, caller.tid, 0, 0, 0, 0) + name
+
+
+async def offer_to_ln(face: Face, types: frozenset[str], caller: Caller) -> socket.socket:
+    """Have the tracer give it a channel by which it is offered what it takes to enter, as any
+    session program is; returns where the tracer's reply comes."""
+    container = face.container
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
             fds = (Tracer.of(container.world).program_fd, theirs.fileno())
-            reply = Tracer.send(container.world, request, fds)
+            reply = Tracer.send(container.world, session_request(container, caller), fds)
         try:
             with trio.move_on_after(OFFER_WAIT_S, shield=True) as waiting:
                 await send_offer(face, types, caller, ours)
@@ -438,9 +466,7 @@ async def become_session(face: Face, types: frozenset[str], caller: Caller) -> N
         except OSError as error:
             with contextlib.suppress(OSError):
                 ours.send(_OFFER.pack(-(error.errno or errno.EIO), 0, 0, 0, 0), socket.MSG_NOSIGNAL)
-    await Tracer.reply(reply)
-    # Not EINTR, after which the kernel would ask for the attributes of `self` anew.
-    raise OSError(errno.ECANCELED, "it is a session", container.name)
+    return reply
 
 
 async def in_caller(container: Container, types: frozenset[str], pid: int, caller: Caller) -> None:

@@ -246,7 +246,9 @@ struct uaccess_reply {
 /* --- daemon to nsfs-tracer --- */
 
 enum trace_op {
-	TRACE_SESSION = 1,	/* fds first: the session program, the channel; the container's name follows */
+	/* fds first: the session program, the channel; the container's name follows.  Or no channel, and after a NUL the path
+	 * of the init's socket: then the tracer itself makes the offer, and may have the init start the shell. */
+	TRACE_SESSION = 1,
 	TRACE_MOVE,
 };
 
@@ -260,7 +262,7 @@ struct trace_request {
 	int32_t caller;		/* TRACE_MOVE: with whose credentials it is traced; the target itself: with ours */
 	int32_t init;		/* TRACE_MOVE: of the container */
 	uint32_t types;		/* TRACE_MOVE: CLONE_NEW* */
-	uint32_t offered;	/* TRACE_SESSION: by the channel comes an offer of the whole container */
+	uint32_t reserved;
 };
 
 struct trace_reply {

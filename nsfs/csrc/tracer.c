@@ -51,6 +51,7 @@
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -636,21 +637,47 @@ static bool may_be_terminal(int fd)
 	       found.stx_rdev_major != MEM_MAJOR;
 }
 
-/* Have the init start the user's shell.  If that cannot be, the offer stays as it is, and the session program tries. */
-static void ask_init(struct entry_offer *offer, int init_fd)
+/* One of the two connections to the init that a session takes.  Returns its descriptor or -errno: -EAGAIN when it answers
+ * nobody. */
+static int connect_to(const char *path)
+{
+	const int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	const struct timeval limit = { .tv_usec = STOP_WAIT_MS / 2 * 1000 };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+
+	if (fd < 0)
+		return -errno;
+	memcpy(address.sun_path, path, strnlen(path, sizeof(address.sun_path) - 1));
+	(void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+	if (connect(fd, (const struct sockaddr *)&address, sizeof(address)))
+		return errno == ECONNREFUSED || errno == ENOENT ? -ENODEV : -errno;
+	return fd;
+}
+
+/* From here on it is in the hands of the session program. */
+static void hand_over(int init_fd)
+{
+	const struct init_request request = { .op = INIT_GIVE };
+
+	(void)send(init_fd, &request, sizeof(request), MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+/* Have the init start the user's shell; returns its token, or 0: the session program is to try. */
+static uint64_t ask_init(int init_fd)
 {
 	uint64_t token;
 
 	environ = calloc(environment_size + 1, sizeof(*environ));
 	if (!environ || getrandom(&token, sizeof(token), 0) != sizeof(token))
-		return;
+		return 0;
 	for (size_t i = 0, n = 0; i < environment_size; i += strlen(environment + i) + 1)
 		if (environment[i])
 			environ[n++] = environment + i;
 	token |= 1;
-	if (!compose(token, INIT_OPEN_PIPES, NULL, NULL) &&
-	    send(init_fd, message, message_length, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
-		offer->token = token;
+	if (compose(token, INIT_OPEN_PIPES, NULL, NULL) ||
+	    send(init_fd, message, message_length, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+		return 0;
+	return token;
 }
 
 /* One message with descriptors, at most three. */
@@ -671,42 +698,37 @@ static struct msghdr *packet(struct packet *packet, void *data, size_t size)
 	return &packet->header;
 }
 
-static int send_both(int to_fd, const int *fds)
+static int send_fds(int to_fd, void *data, size_t size, const int *fds, size_t count)
 {
-	struct packet both = { .control = { .buffer = "" } };
-	char byte = 0;
+	struct packet sent = { .control = { .buffer = "" } };
 
-	packet(&both, &byte, 1)->msg_controllen = CMSG_SPACE(sizeof(int) * 2);
-	both.control.align = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
-		.cmsg_len = CMSG_LEN(sizeof(int) * 2) };
-	memcpy(CMSG_DATA(&both.control.align), fds, sizeof(int) * 2);
-	return sendmsg(to_fd, &both.header, MSG_NOSIGNAL) < 0 ? errno : 0;
+	packet(&sent, data, size)->msg_controllen = CMSG_SPACE(sizeof(int) * count);
+	sent.control.align = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+		.cmsg_len = CMSG_LEN(sizeof(int) * count) };
+	memcpy(CMSG_DATA(&sent.control.align), fds, sizeof(int) * count);
+	return sendmsg(to_fd, &sent.header, MSG_NOSIGNAL) < 0 ? errno : 0;
 }
 
-/* Take the offer that the daemon makes to the session program, and have the init start the shell.  Returns the channel by
- * which the session program gets the offer: another one, or the same if nothing came by that. */
-static int begin(int channel_fd)
+/* The offer to the session program, as the daemon makes it to one that asks; the shell has been begun unless it has a
+ * terminal.  Returns the end of the channel that the session program gets, or -1. */
+static int make_offer(const int *init_fds, const char *name)
 {
-	struct { struct entry_offer offer; char name[256]; } answer;
-	struct pollfd polled = { .fd = channel_fd, .events = POLLIN };
-	struct packet taken;
-	int ends[2], fds[3];
-	ssize_t length;
+	struct { struct entry_offer offer; char name[256]; } answer = {
+		.offer = { .root_uid = ENTRY_NO_PROOF, .root_gid = ENTRY_NO_PROOF } };
+	const size_t length = strnlen(name, sizeof(answer.name));
+	/* The first would be the user namespace. */
+	const int fds[3] = { STDIN_FILENO, init_fds[0], init_fds[1] };
+	int ends[2];
 
-	if (poll(&polled, 1, STOP_WAIT_MS / 2) <= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
-		return channel_fd;
-	length = recvmsg(channel_fd, packet(&taken, &answer, sizeof(answer)), MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-	if (length < (ssize_t)sizeof(answer.offer))
-		return channel_fd;
-	/* The init is asked by the second of three. */
-	if (!answer.offer.error && !answer.offer.types && answer.offer.root_uid == ENTRY_NO_PROOF &&
-	    taken.header.msg_controllen == sizeof(taken.control.buffer) &&
-	    taken.control.align.cmsg_len == CMSG_LEN(sizeof(fds))) {
-		memcpy(fds, CMSG_DATA(&taken.control.align), sizeof(fds));
-		ask_init(&answer.offer, fds[1]);
-	}
-	taken.iov.iov_len = (size_t)length;
-	(void)sendmsg(ends[0], &taken.header, MSG_NOSIGNAL);
+	/* Of a 32-bit program, which cannot be changed, the stack is lower. */
+	if (environment_at >> 32 && !(may_be_terminal(0) && may_be_terminal(1)))
+		answer.offer.token = ask_init(init_fds[0]);
+	else
+		hand_over(init_fds[0]);
+	memcpy(answer.name, name, length);
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) ||
+	    send_fds(ends[0], &answer, sizeof(answer.offer) + length, fds, N(fds)))
+		return -1;
 	close(ends[0]);
 	return ends[1];
 }
@@ -727,6 +749,7 @@ static int give(const int *fds, int *theirs, unsigned long at)
 	const unsigned long pair_arguments[5] = {
 		AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, at + offsetof(typeof(area), pair) };
 	int pid_fd, ours, error;
+	char none = 0;
 	long result;
 
 	result = inject(SYS_socketpair, pair_arguments);
@@ -738,7 +761,7 @@ static int give(const int *fds, int *theirs, unsigned long at)
 	ours = (int)syscall(SYS_pidfd_getfd, pid_fd, area.pair[0], 0);
 	if (ours < 0)
 		return errno;
-	if ((error = send_both(ours, fds)))
+	if ((error = send_fds(ours, &none, sizeof(none), fds, 2)))
 		return error;
 	area.iov.iov_base = (char *)at + offsetof(typeof(area), byte);
 	area.iov.iov_len = 1;
@@ -804,11 +827,12 @@ static int seize_ln(void)
 	return error;
 }
 
+/* fds: the session program, and the channel if the daemon has one; else init_path is where the init listens. */
 __attribute__((noreturn))
-static void session(int *fds, const char *name, bool offered)
+static void session(const int *fds, const char *name, const char *init_path)
 {
 	const char told = TRACE_INTERRUPTED;
-	int error = 0;
+	int given[2] = { fds[0], fds[1] }, init_fds[2] = { -1, -1 }, error = 0;
 
 	/* Whoever has part in its memory could keep us waiting: we die of it. */
 	start_timer(SIG_DFL);
@@ -816,6 +840,9 @@ static void session(int *fds, const char *name, bool offered)
 		error = errno;
 	if (!error)
 		error = read_environment();
+	for (size_t i = 0; i < N(init_fds) && init_path && !error; i++)
+		if ((init_fds[i] = connect_to(init_path)) < 0)
+			error = -init_fds[i];
 	if (!error)
 		error = seize_ln();
 	if (!error)
@@ -823,13 +850,14 @@ static void session(int *fds, const char *name, bool offered)
 	if (error)
 		answer(error, STEP_PROCESS, 0);
 	(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
-	/* Of a 32-bit program, which cannot be changed, the stack is lower. */
-	if (offered && environment_at >> 32 && !(may_be_terminal(0) && may_be_terminal(1)))
-		fds[1] = begin(fds[1]);
+	if (init_path) {
+		hand_over(init_fds[1]);
+		given[1] = make_offer(init_fds, name);
+	}
 	error = await_stop();
 	if (error)
 		answer(error, STEP_DEADLINE, 0);
-	error = become_session(fds, name);
+	error = given[1] < 0 ? EMFILE : become_session(given, name);
 	if (!error) {
 		if (unblock_signals())
 			error = ESRCH;
@@ -1066,12 +1094,13 @@ static void move(const struct trace_request *wanted)
 __attribute__((noreturn))
 static void serve(int taken_fd)
 {
-	static struct { struct trace_request head; char name[256]; } received;
+	/* Two strings at most. */
+	static struct { struct trace_request head; char name[512]; } received;
 	union {
 		char buffer[CMSG_SPACE(sizeof(int) * 4)];
 		struct cmsghdr align;
 	} control;
-	struct iovec iov = { &received, sizeof(received) - 1 };
+	struct iovec iov = { &received, sizeof(received) - 2 };
 	struct msghdr header = {
 		.msg_iov = &iov, .msg_iovlen = 1,
 		.msg_control = control.buffer, .msg_controllen = sizeof(control.buffer) };
@@ -1101,7 +1130,11 @@ static void serve(int taken_fd)
 	reply_fd = fds[--count];
 	target = received.head.target;
 	if (received.head.op == TRACE_SESSION && count == 2)
-		session(fds, received.name, received.head.offered);
+		session(fds, received.name, NULL);
+	if (received.head.op == TRACE_SESSION && count == 1) {
+		fds[1] = -1;
+		session(fds, received.name, received.name + strlen(received.name) + 1);
+	}
 	if (received.head.op == TRACE_MOVE && !count)
 		move(&received.head);
 	answer(EINVAL, STEP_REQUEST, 0);
