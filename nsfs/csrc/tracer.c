@@ -66,7 +66,9 @@ static long ptrace(long request, pid_t pid, unsigned long address, unsigned long
 	return syscall(SYS_ptrace, request, pid, address, data);
 }
 
-#define STOP_WAIT_MS 1000	/* a process that does not stop in that time is not touched */
+#define STOP_WAIT_S 1	/* a process that does not stop in that time is not moved */
+#define SESSION_WAIT_S 10	/* the same for an ln(1), which is waiting for us */
+#define CONNECT_WAIT_MS 500	/* how long an init may have too many connections */
 #define ARGUMENTS_MAX (1 << 20)	/* bytes of argv and environment of a session */
 #define N(array) (sizeof(array) / sizeof((array)[0]))
 
@@ -336,10 +338,9 @@ static bool is_event_stop(int status)
 	return status >> 16 == PTRACE_EVENT_STOP;
 }
 
-static void start_timer(void (*action_of)(int))
+static void start_timer(void (*action_of)(int), int seconds)
 {
-	const struct itimerval limit = {
-		.it_value = { .tv_sec = STOP_WAIT_MS / 1000, .tv_usec = STOP_WAIT_MS % 1000 * 1000 } };
+	const struct itimerval limit = { .it_value = { .tv_sec = seconds } };
 	struct sigaction action = { .sa_handler = action_of };
 
 	sigaction(SIGALRM, &action, NULL);
@@ -359,11 +360,11 @@ static int interrupt(void)
 }
 
 /* Wait until it has stopped where nothing of it is under way.  Returns 0 or what is in the way. */
-static int await_stop(void)
+static int await_stop(int seconds)
 {
 	int status;
 
-	start_timer(out_of_time);
+	start_timer(out_of_time, seconds);
 	for (;;) {
 		status = next_stop();
 		if (status <= 0)
@@ -642,7 +643,7 @@ static bool may_be_terminal(int fd)
 static int connect_to(const char *path)
 {
 	const int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	const struct timeval limit = { .tv_usec = STOP_WAIT_MS / 2 * 1000 };
+	const struct timeval limit = { .tv_usec = CONNECT_WAIT_MS * 1000 };
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 
 	if (fd < 0)
@@ -725,6 +726,7 @@ static int make_offer(const int *init_fds, const char *name)
 		answer.offer.token = ask_init(init_fds[0]);
 	else
 		hand_over(init_fds[0]);
+	hand_over(init_fds[1]);
 	memcpy(answer.name, name, length);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) ||
 	    send_fds(ends[0], &answer, sizeof(answer.offer) + length, fds, N(fds)))
@@ -835,7 +837,7 @@ static void session(const int *fds, const char *name, const char *init_path)
 	int given[2] = { fds[0], fds[1] }, init_fds[2] = { -1, -1 }, error = 0;
 
 	/* Whoever has part in its memory could keep us waiting: we die of it. */
-	start_timer(SIG_DFL);
+	start_timer(SIG_DFL, SESSION_WAIT_S);
 	if ((memory_fd = open_of("mem", O_RDWR)) < 0)
 		error = errno;
 	if (!error)
@@ -849,12 +851,11 @@ static void session(const int *fds, const char *name, const char *init_path)
 		error = interrupt();
 	if (error)
 		answer(error, STEP_PROCESS, 0);
-	(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
-	if (init_path) {
-		hand_over(init_fds[1]);
+	/* The shell first: it is what takes longest. */
+	if (init_path)
 		given[1] = make_offer(init_fds, name);
-	}
-	error = await_stop();
+	(void)send(reply_fd, &told, sizeof(told), MSG_NOSIGNAL);
+	error = await_stop(SESSION_WAIT_S);
 	if (error)
 		answer(error, STEP_DEADLINE, 0);
 	error = given[1] < 0 ? EMFILE : become_session(given, name);
@@ -1071,7 +1072,7 @@ static void move(const struct trace_request *wanted)
 		options |= PTRACE_O_SUSPEND_SECCOMP;
 	if ((error = seize(options)))
 		answer(error, STEP_PROCESS, 0);
-	if ((error = interrupt()) || (error = await_stop())) {
+	if ((error = interrupt()) || (error = await_stop(STOP_WAIT_S))) {
 		detach();
 		answer(error, STEP_DEADLINE, 0);
 	}
@@ -1110,7 +1111,8 @@ static void serve(int taken_fd)
 	int fds[4];
 
 	signal(SIGCHLD, SIG_DFL);
-	(void)sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){ .sched_priority = 0 });
+	/* The next daemon is asked the same, and has another tracer. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	do
 		length = recvmsg(SPAWNER_SOCKET_FD, &header, MSG_CMSG_CLOEXEC);
 	while (length < 0 && errno == EINTR);
@@ -1140,22 +1142,30 @@ static void serve(int taken_fd)
 	answer(EINVAL, STEP_REQUEST, 0);
 }
 
-/* Wait until a child has taken a request, or has died; returns false when there will be none any more. */
-static bool was_taken(int taken_fd)
+/* Start a child that waits for a request; returns a descriptor that is readable when it has one or has died, or -1. */
+static int start_child(void)
 {
-	struct pollfd requests = { .fd = SPAWNER_SOCKET_FD };
-	char byte;
-	ssize_t length;
+	int ends[2];
+	pid_t pid;
 
-	do
-		length = read(taken_fd, &byte, 1);
-	while (length < 0 && errno == EINTR);
-	close(taken_fd);
-	return length > 0 || (poll(&requests, 1, 0) >= 0 && !(requests.revents & (POLLHUP | POLLERR)));
+	if (pipe2(ends, O_CLOEXEC))
+		return -1;
+	pid = fork();
+	if (!pid) {
+		close(ends[0]);
+		serve(ends[1]);
+	}
+	close(ends[1]);
+	if (pid > 0)
+		return ends[0];
+	close(ends[0]);
+	return -1;
 }
 
 int main(void)
 {
+	/* Two, so that while one begins with its request the next can be taken without waiting for a fork. */
+	struct pollfd polled[3] = { { .fd = -1 }, { .fd = -1 }, { .fd = SPAWNER_SOCKET_FD } };
 	char unread;
 	int null_fd;
 
@@ -1168,28 +1178,29 @@ int main(void)
 	prctl(PR_SET_DUMPABLE, 0);
 	prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0);
 	signal(SIGCHLD, SIG_IGN);
-	/* Who starts the next child shall not come before the one that has something to do (sched(7)). */
-	(void)sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){ .sched_priority = 0 });
 	for (;;) {
-		int ends[2];
-		pid_t pid;
-
-		if (pipe2(ends, O_CLOEXEC))
-			return 1;
-		pid = fork();
-		if (!pid) {
-			close(ends[0]);
-			serve(ends[1]);
-		}
-		close(ends[1]);
-		if (pid > 0) {
-			if (!was_taken(ends[0]))
+		for (int i = 0; i < 2; i++)
+			if (polled[i].fd < 0) {
+				polled[i].fd = start_child();
+				polled[i].events = POLLIN;
+			}
+		if (polled[0].fd < 0 && polled[1].fd < 0) {
+			/* No process is to be had: so it goes to whoever asks now.  The end of the descriptor that came along
+			 * tells. */
+			if (recv(SPAWNER_SOCKET_FD, &unread, sizeof(unread), 0) <= 0 && errno != EINTR)
 				return 0;
 			continue;
 		}
-		close(ends[0]);
-		/* No process is to be had: so it goes to whoever asks now.  The end of the descriptor that came along tells. */
-		if (recv(SPAWNER_SOCKET_FD, &unread, sizeof(unread), 0) <= 0 && errno != EINTR)
+		if (poll(polled, N(polled), -1) < 0)
+			continue;
+		if (polled[2].revents)
 			return 0;
+		/* They come first. */
+		usleep(1000);
+		for (int i = 0; i < 2; i++)
+			if (polled[i].revents) {
+				close(polled[i].fd);
+				polled[i].fd = -1;
+			}
 	}
 }
