@@ -43,6 +43,7 @@ PR_SET_CHILD_SUBREAPER = 36
     [
         "parked_readers_die_of_signals",
         "many_parked_readers",
+        pytest.param("more_readers_than_slots", marks=pytest.mark.slow),
         "full_interrupt_pipe",
         "daemon_killed_in_a_loop",
         "parked_reader_outlives_the_daemon",
@@ -229,23 +230,46 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-# Many threads, each blocked in one read.
-READ_MANY = """
-import os, sys, threading
-def read():
-    os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)
-for _ in range(int(sys.argv[2])):
-    threading.Thread(target=read).start()
+READ_MANY = """\
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+static int fd;
+static void *one(void *none)
+{
+	char buffer[64];
+	(void)!pread(fd, buffer, sizeof(buffer), 0);
+	return none;
+}
+int main(int argc, char **argv)
+{
+	pthread_attr_t small;
+	pthread_t thread;
+	fd = open(argv[1], O_RDONLY);
+	pthread_attr_init(&small);
+	pthread_attr_setstacksize(&small, PTHREAD_STACK_MIN);
+	for (int i = atoi(argv[2]); i-- > 0;)
+		if (pthread_create(&thread, &small, one, NULL))
+			return 1;
+	pause();
+	return argc;
+}
 """
+"""Many threads, each blocked in one read."""
 
 
 @contextmanager
 def readers(mounted: Mounted, count: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose `count` threads are parked."""
-    command = [sys.executable, "-S", "-c", READ_MANY, str(mounted.root / "park"), str(count)]
-    with subprocess.Popen(command) as process:
+    program = mounted.state / "read-many"
+    source = program.with_suffix(".c")
+    source.write_text(READ_MANY)
+    subprocess.run(["gcc", "-O1", "-pthread", "-o", program, source], check=True)
+    with subprocess.Popen([program, mounted.root / "park", str(count)]) as process:
         try:
-            until(lambda: len(mounted.parked()) == count)
+            until(lambda: len(mounted.parked()) == count, DEADLINE_S / 2)
             yield process
         finally:
             process.kill()
@@ -303,6 +327,23 @@ def many_parked_readers(directory: Path) -> None:
         process.wait(WAIT_S)
         print(f"300 gone {1000 * (time.monotonic() - began):.0f} ms after SIGKILL")
         until(lambda: not mounted.parked())
+
+
+def more_readers_than_slots(directory: Path) -> None:
+    """What is no read, like all that is needed to end them, still has slots."""
+    with served(directory) as mounted:
+        with readers(mounted, 15360) as process:
+            for _ in range(2):
+                park = os.open(mounted.root / "park", os.O_RDONLY)
+                with pytest.raises(OSError, match="busy"):
+                    os.read(park, 4096)
+                os.close(park)
+            os.mkdir(mounted.root / "made")
+            process.kill()
+            process.wait(WAIT_S)
+        until(lambda: not mounted.parked(), DEADLINE_S / 2)
+        with reader(mounted) as cat:
+            released(mounted, cat)
 
 
 def full_interrupt_pipe(directory: Path) -> None:
