@@ -65,6 +65,9 @@ class Subscriptions:
                     netlink.send(message)
                     # The kernel has answered when send(2) returns.
                     for answer in nflog.parse(netlink.recv(65536)):
+                        if answer == errno.EPERM:
+                            # nfulnl_recv_config(): it is bound to another socket.
+                            raise OSError(errno.EBUSY, "another program has it", f"group {group}")
                         if isinstance(answer, int) and answer:
                             raise OSError(answer, os.strerror(answer), f"NFLOG group {group}")
         except BaseException:

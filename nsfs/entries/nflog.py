@@ -28,7 +28,12 @@ async def nflog_store(face: Face, value: str, caller: Caller) -> None:
     groups = tuple(sorted({parse_int(word, 0, GROUP_MAX) for word in value.split()}))
     if not container.own("net"):
         raise OSError(errno.EOPNOTSUPP, "its network is another's", container.name)
-    await container.world.subscribe(container, groups)
+    try:
+        await container.world.subscribe(container, groups)
+    except OSError:
+        # Those that it had were given up first: two sockets cannot have one.
+        await container.world.subscribe(container, container.nflog)
+        raise
     container.nflog = groups
     container.save()
 
