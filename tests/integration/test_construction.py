@@ -94,6 +94,23 @@ def test_what_is_made_inside_belongs_to_ids_of_the_host_on_disk(
     assert os.stat(f"/proc/{pid}").st_uid >= 0x70000000
 
 
+def test_a_tree_that_cannot_be_idmapped(web: Container, hidden: Path) -> None:
+    (hidden / "ram").mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", hidden / "ram"], check=True)
+    try:
+        tree = busybox_tree(hidden / "ram/root")
+        (tree / "etc/mark").write_text("in memory\n")
+        refused(errno.EINVAL, web.write, "rootfs", str(tree))
+        assert web.state()["reason"].startswith("rootfs: idmapping the root filesystem")
+        assert web.read("rootfs") == "host\n"
+        web.write("unshare", "cgroup ipc mnt net pid syslog time uts")
+        web.write("rootfs", str(tree))
+        assert web.run("cat /etc/mark") == "in memory\n"
+        web.write("rootfs", "host")
+    finally:
+        subprocess.run(["umount", hidden / "ram"], check=True)
+
+
 def test_setuid_programs_left_in_a_tree_cannot_be_reached(web: Container, rootfs: Path) -> None:
     web.write("rootfs", str(rootfs))
     web.run("cp /bin/busybox /srv/su; chmod 4755 /srv/su")

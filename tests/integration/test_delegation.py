@@ -366,6 +366,21 @@ def test_a_users_tree_holds_no_file_of_another(tree: Path, alice: Container, hom
     assert call_as(ALICE, os.mkdir, alice / "db") == "EPERM"
 
 
+def test_other_ids_own_nothing_in_a_users_tree(tree: Path, alice: Container, home: Path) -> None:
+    root = small_tree(home / "root", ALICE)
+    (root / "tmp").mkdir()
+    (root / "tmp").chmod(0o1777)
+    assert call_as(ALICE, os.mkdir, alice / "web") == ""
+    assert call_as(ALICE, write, alice / "web/rootfs", str(root)) == ""
+    init = Container(alice / "web").init
+    inside = ["nsenter", "-t", str(init), "-U", "-m", "--setuid", "1000", "--setgid", "1000"]
+    done = subprocess.run(
+        [*inside, "/bin/sh", "-c", ": > /tmp/mine"], capture_output=True, text=True, timeout=30
+    )
+    assert os.strerror(errno.EOVERFLOW) in done.stderr, done
+    assert not list((root / "tmp").iterdir())
+
+
 def test_a_tree_named_inside_is_not_the_hosts(tree: Path, alice: Container, home: Path) -> None:
     """What root has bound into a container, writable and the container root's on disk, is no tree
     of a nested container whose root could leave files of the host's root there."""

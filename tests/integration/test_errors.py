@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,11 +36,13 @@ PROVOKED = {
     "EAGAIN": (
         "integration/test_errors.py::test_no_more_processes",
         "integration/test_kmsg.py::test_nonblocking_reads_end_with_eagain",
+        "integration/test_errors.py::test_more_than_may_wait_for_a_namespace",
     ),
     "EBUSY": (
         "integration/test_tree.py::test_rmdir_of_what_is_idle_busy_or_nested",
         "integration/test_errors.py::test_while_it_is_frozen",
         "integration/test_enter.py::test_what_nsfs_cannot_do_is_125",
+        "fault/test_takeover.py::more_readers_than_slots",
     ),
     "EEXIST": (
         "integration/test_tree.py::test_names_that_cannot_be",
@@ -111,6 +115,37 @@ PROVOKED = {
 }
 
 
+OF_ENTRIES = {
+    "nsproxy/ ENODEV": "test_tree.py::test_a_dead_container_says_enodev_and_can_be_removed",
+    "namespaces EPERM": "test_errors.py::test_the_hosts_namespaces_are_not_to_be_shared",
+    "init ENODEV": "test_tree.py::test_a_dead_container_says_enodev_and_can_be_removed",
+    "exec ENOENT": "test_tree.py::test_values_that_are_refused_change_nothing",
+    "exec EACCES": "test_tree.py::test_values_that_are_refused_change_nothing",
+    "exec ENOEXEC": "test_errors.py::test_no_program",
+    "nsfs.log ERANGE": "test_log_limits.py::test_what_is_wrong",
+    "nsfs.log EOPNOTSUPP": "test_log_limits.py::test_one_that_is_shared",
+    "nflog EBUSY": "test_errors.py::test_a_group_that_another_program_has",
+    "nflog EOPNOTSUPP": "test_errors.py::test_groups_of_a_network_that_is_shared",
+    "rootfs EBUSY": "test_errors.py::test_what_is_not_idle_is_not_built_anew",
+    "seccomp EPERM": "test_syslog.py::test_the_switch",
+    "seccomp EBUSY": "test_syslog.py::test_the_switch",
+    "binds EPERM": "test_mounts.py::test_an_idmapped_bind_leaves_no_setuid_programs_for_others",
+    "binds EOPNOTSUPP": "test_mounts.py::test_binds_of_a_container_that_shares_its_mounts",
+    "mnt/mounts EFBIG": "test_views.py::test_a_table_of_mounts_that_is_too_long",
+    "mnt/propagation EBUSY": "test_mounts.py::test_propagation_errors",
+    "pid/max EOPNOTSUPP": "test_views.py::test_pid_max",
+    "pid/max EPERM": "test_views.py::test_pid_max",
+    "time/boottime EBUSY": "test_views.py::test_time_is_set_while_idle_and_as_the_kernel_allows",
+    "time/boottime EOPNOTSUPP": "test_views.py::test_time_is_set_while_idle_and_as_the_kernel_allows",
+    "time/boottime ERANGE": "test_views.py::test_time_is_set_while_idle_and_as_the_kernel_allows",
+    "cgroup/io.max ENODEV": "test_cgroup.py::test_a_limit_of_a_disk",
+    "cgroup/memory.max EBUSY": "test_cgroup.py::test_less_memory_than_there_is_in_use",
+    "uts/hostname EINVAL": "test_tree.py::test_values_that_are_refused_change_nothing",
+    "uts/hostname ERANGE": "test_tree.py::test_values_that_are_refused_change_nothing",
+}
+"""What CONTROL FILES has below an entry."""
+
+
 def refused(number: int, function: Callable[..., object], *args: object) -> None:
     with pytest.raises(OSError, match=r".") as caught:
         function(*args)
@@ -126,6 +161,42 @@ def test_each_errno_of_the_manual_is_provoked_by_a_test() -> None:
         for test in tests:
             file, _, name = test.partition("::")
             assert f"def {name}(" in (TESTS / file).read_text(), test
+
+
+def test_each_errno_of_an_entry_is_provoked_by_a_test() -> None:
+    section = MANUAL.read_text().split("\nCONTROL FILES\n====", 1)[1].split("\nPODS\n====", 1)[0]
+    named = [
+        f"{name} {errno_}"
+        for name, body in re.findall(
+            r"^``([a-z/._]+)``.*\n((?:    .*\n|\n)+)", section, re.MULTILINE
+        )
+        for errno_ in re.findall(r"\*\*(E[A-Z0-9]{3,})\*\*", body)
+    ]
+    assert sorted(named) == sorted(OF_ENTRIES)
+    for test in OF_ENTRIES.values():
+        file, _, name = test.partition("::")
+        text = (TESTS / "integration" / file).read_text()
+        assert f"def {name}(" in text, test
+
+
+def test_the_hosts_namespaces_are_not_to_be_shared(tree: Path, web: Container) -> None:
+    for value in ("net own", "net web"):
+        refused(errno.EPERM, write, tree / "namespaces", value)
+
+
+def test_what_is_not_idle_is_not_built_anew(web: Container, tmp_path: Path) -> None:
+    web.start("sleep", "1000")
+    before = web.init
+    for name, value in (
+        ("rootfs", str(tmp_path)),
+        ("idmap", "host"),
+        ("unshare", "mnt pid user"),
+        ("seccomp", "deny"),
+        ("network", "veth"),
+    ):
+        now = web.read(name)
+        refused(errno.EBUSY, web.write, name, value)
+        assert (web.read(name), web.init) == (now, before)
 
 
 def test_a_command_that_is_too_long(web: Container) -> None:
@@ -265,3 +336,86 @@ def test_what_could_not_be_done_is_told(web: Container) -> None:
     web.write("exec", "true")
     wait_until(lambda: web.state()["populated"] == "0", "it ended")
     assert web.state()["reason"] == "-"
+
+
+STOPPER = """
+import os, signal
+known = set(os.listdir("/proc"))
+os.write(1, b"ready\\n")
+while True:
+    for pid in set(os.listdir("/proc")) - known:
+        try:
+            os.kill(int(pid), signal.SIGSTOP)
+        except (ProcessLookupError, ValueError):
+            pass
+"""
+
+
+def test_more_than_may_wait_for_a_namespace(tree: Path, web: Container, tmp_path: Path) -> None:
+    """Its root stops the processes that look into it."""
+    web.start("python3", "-c", STOPPER)
+    wait_until(lambda: web.read("output") == "ready\n", "it is ready")
+    os.mkdir(tree / "other")
+    script = 'while cat "$0" > /dev/null 2> "$1"; do :; done'
+    errors = [tmp_path / str(number) for number in range(5)]
+    shells = [
+        subprocess.Popen(["sh", "-c", script, web / "pid/max", each], start_new_session=True)
+        for each in errors
+    ]
+    try:
+        wait_until(lambda: any(each.poll() is not None for each in shells), "one is refused")
+        (said,) = filter(None, (each.read_text() for each in errors))
+        assert os.strerror(errno.EAGAIN) in said
+        assert int((tree / "other/pid/max").read_text()) > 0
+    finally:
+        for each in shells:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGKILL)
+            each.wait()
+
+
+TAKES_A_GROUP = """
+import socket, sys
+from nsfs import nflog
+taken = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)  # NETLINK_NETFILTER
+for message in nflog.bind_messages(5):
+    taken.send(message)
+    assert not any(answer for answer in nflog.parse(taken.recv(65536)))
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_group_that_another_program_has(web: Container) -> None:
+    web.write("nflog", "6")
+    words = ["nsenter", f"--net=/proc/{web.init}/ns/net", sys.executable, "-c", TAKES_A_GROUP]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "taken\n"
+        refused(errno.EBUSY, web.write, "nflog", "5 6")
+        assert web.read("nflog") == "6\n"
+        in_net = ["nsenter", f"--net=/proc/{web.init}/ns/net"]
+        rule = [
+            "OUTPUT",
+            "-p",
+            "udp",
+            "-j",
+            "NFLOG",
+            "--nflog-group",
+            "6",
+            "--nflog-prefix",
+            "six ",
+        ]
+        subprocess.run([*in_net, "iptables", "-A", *rule], check=True)
+        web.run('python3 -c \'import socket; socket.socket(2, 2).sendto(b"x", ("127.0.0.1", 9))\'')
+        # What was subscribed before still is.
+        wait_until(lambda: ";six " in web.read("kmsg"), "the packet is logged")
+        other.communicate()
+    web.write("nflog", "5 6")
+    assert web.read("nflog") == "5 6\n"
+
+
+def test_groups_of_a_network_that_is_shared(web: Container) -> None:
+    web.write("unshare", "cgroup ipc mnt pid syslog time user uts")
+    refused(errno.EOPNOTSUPP, web.write, "nflog", "5")
+    assert web.read("nflog") == ""

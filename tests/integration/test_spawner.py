@@ -467,6 +467,38 @@ async def test_what_the_kernel_has_is_found(rig: Rig, request: pytest.FixtureReq
     assert await rig.spawner.features() == expected
 
 
+@pytest.mark.parametrize("rig", ["", "on overlayfs"], indirect=True)
+async def test_nobodys_files_by_the_idmap_alone(rig: Rig, on_root: Path) -> None:
+    """Without what else makes a container somebody else: no file is its root's, by whatever IDs."""
+    mapped = "idmapped_root" in await rig.spawner.features()
+    for name, uid in (("hosts", 0), ("its", FIRST_ID)):
+        (on_root / name).write_text("secret\n")
+        (on_root / name).chmod(0o600)
+        os.chown(on_root / name, uid, uid)
+    for made, name in (
+        (await rig.make(), "its"),
+        (await rig.make(unshare=ALL - {"user"}), "hosts"),
+    ):
+        assert await made.says(f"stat -c %u {on_root}/{name}") == ("65534\n" if mapped else "0\n")
+        assert ((await made.run(f"cat {on_root}/{name}"))[0] == 0) != mapped
+
+
+@pytest.mark.parametrize("rig", ["on overlayfs"], indirect=True)
+async def test_setuid_programs_by_nosuid_alone(
+    rig: Rig, on_root: Path, probe: Callable[[str], int]
+) -> None:
+    """Where nothing is idmapped a program of the host's may belong to the container's root."""
+    source = '#include <stdio.h>\n#include <unistd.h>\nint main() { printf("%d", geteuid()); }\n'
+    program_fd = probe(source)
+    shutil.copy(f"/proc/self/fd/{program_fd}", on_root / "program")
+    os.close(program_fd)
+    os.chown(on_root / "program", FIRST_ID, FIRST_ID)
+    (on_root / "program").chmod(0o4755)
+    made = await rig.make()
+    assert await made.says(f"stat -c %u:%a {on_root}/program") == "0:4755\n"
+    assert await made.says(f"{on_root}/program", uid=1000, gid=1000) == "1000"
+
+
 @pytest.mark.parametrize("rig", ["on overlayfs"], indirect=True)
 async def test_where_nothing_can_be_idmapped(rig: Rig, on_root: Path) -> None:
     """The root is read-only for good, and read as whom the container's IDs are: nobody else's."""

@@ -470,6 +470,8 @@ def test_a_dead_container_says_enodev_and_can_be_removed(web: Container) -> None
     wait_until(lambda: _errno_of((web / "init").read_text) == errno.ENODEV, "it is dead")
     for name, value in (("exec", "true"), ("kill", "1"), ("freeze", "1")):
         refused(errno.ENODEV, web.write, name, value)
+    refused(errno.ENODEV, os.readlink, web / "nsproxy/net")
+    refused(errno.ENODEV, os.open, web / "nsproxy/net", os.O_RDONLY)
     # What a namespace had goes with it.
     refused(errno.ENOENT, web.write, "uts/hostname", "x")
     refused(errno.ENODEV, os.mkdir, web / "db")
