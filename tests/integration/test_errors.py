@@ -70,6 +70,9 @@ PROVOKED = {
         "integration/test_tree.py::test_names_that_cannot_be",
         "integration/test_network.py::test_names_that_cannot_be",
     ),
+    "ENFILE": (
+        "integration/test_view_names.py::test_a_daemon_that_may_open_no_more_files_says_so",
+    ),
     "ENODEV": (
         "integration/test_tree.py::test_a_dead_container_says_enodev_and_can_be_removed",
         "integration/test_errors.py::test_removed_while_it_is_open",
