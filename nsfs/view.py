@@ -29,6 +29,9 @@ __all__ = ["Attribute", "Caller", "Contents", "Directory", "Face", "TagType", "V
 IDLE_S = 10.0
 """How long an open view is kept that nobody looks at."""
 
+RESERVE = 32
+"""How many files the daemon is to be able to open beside those of views."""
+
 T = TypeVar("T")
 
 
@@ -80,6 +83,7 @@ class Views:
             # Whoever opened it may have failed.
             found = self._open.get(key)
         found = self._open[key] = _Open()
+        self._make_room()
         try:
             contents = await view.contents(container)
         except ProcessLookupError as error:
@@ -101,9 +105,23 @@ class Views:
         before = time.monotonic() - IDLE_S
         for key, each in list(self._open.items()):
             if each.contents is not None and each.used < before:
-                del self._open[key]
-                forget_answers()
-                each.contents.close()
+                self._close(key)
+
+    def _make_room(self) -> None:
+        """Close those that nobody has looked at for longest, while the daemon may open only few
+        more files: whoever looks there again has them opened again, and all else
+        needs some, too."""
+        opened = [key for key, each in self._open.items() if each.contents is not None]
+        for key in sorted(opened, key=lambda key: self._open[key].used):
+            if not files_are_scarce():
+                return
+            self._close(key)
+
+    def _close(self, key: tuple[TagType, Container]) -> None:
+        contents = self._open.pop(key).contents
+        forget_answers()
+        assert contents is not None
+        contents.close()
 
     def ended(self, container: Container) -> None:
         """The container's namespaces are dead, or will be others."""
@@ -114,6 +132,21 @@ class Views:
                 each.contents.close()
             if key[0].died is not None:
                 key[0].died(container)
+
+
+def files_are_scarce() -> bool:
+    """Whether fewer than RESERVE further files can be opened.  (To count those that are would take
+    milliseconds where there are many.)"""
+    fds: list[int] = []
+    try:
+        while len(fds) < RESERVE:
+            fds.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return True
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return False
 
 
 _NOTHING = Contents()

@@ -36,6 +36,8 @@ def _table(name: str) -> Attribute:
     async def show(face: Face) -> str:
         container = tag(face, VIEW)
         text = await inside(container, KIND, lambda: _read(f"/proc/sysvipc/{name}"))
+        if face.viewpoint.parent is None:
+            return text
         # It may have 32,768 rows, and the PIDs of each are looked up.
         return await in_thread(lambda: translated(face, text), PROC)
 
@@ -51,8 +53,6 @@ def translated(face: Face, text: str) -> str:
     """A table as the viewpoint is to see it: its PIDs and IDs, 0 and 65534 for those that it has
     no number for."""
     viewpoint = face.viewpoint
-    if viewpoint.parent is None:
-        return text
     head, *rows = text.splitlines()
     names = head.split()
     depth = members.level(viewpoint)

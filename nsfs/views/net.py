@@ -248,6 +248,11 @@ class Interfaces(Contents):
         except FileNotFoundError as error:
             # Gone between being looked up and this.
             raise OSError(errno.ENODEV, "the interface is gone", where) from error
+        except OSError as error:
+            if self._fd < 0:
+                # Closed meanwhile, for want of them.
+                raise OSError(errno.ENFILE, "too many views are open", where) from error
+            raise
 
     def _path(self, path: tuple[str, ...]) -> str:
         return "/".join(("class/net", *path))

@@ -12,6 +12,7 @@ import errno
 
 from nsfs.attribute import PARENTS, Attribute, Caller, TagType, invalid, parse_int
 from nsfs.container import Container, Face
+from nsfs.kernfs import read
 from nsfs.rebuild import rebuild
 from nsfs.view import tag
 
@@ -25,10 +26,9 @@ def offsets(container: Container) -> tuple[tuple[int, int], tuple[int, int]]:
     if container.parent is None:
         return (0, 0), (0, 0)
     found = {}
-    with open(f"/proc/{container.init_pid}/timens_offsets", encoding="ascii") as file:
-        for line in file:
-            name, seconds, nanoseconds = line.split()
-            found[name] = (int(seconds), int(nanoseconds))
+    for line in read(f"/proc/{container.init_pid}/timens_offsets").splitlines():
+        name, seconds, nanoseconds = line.split()
+        found[name] = (int(seconds), int(nanoseconds))
     return found["monotonic"], found["boottime"]
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from nsfs import idmap, members
 from nsfs.attribute import Attribute, Contents, Directory, Entry, TagType, lines
 from nsfs.container import Container, Face
+from nsfs.kernfs import read
 from nsfs.view import PROC, in_thread, tag
 
 FILES_OF_A_USER = ("procs", "cpu")
@@ -33,8 +34,8 @@ NS_GET_OWNER_UID = 0xB704
 def _table(name: str) -> Attribute:
     def show(face: Face) -> str:
         container = tag(face, VIEW)
-        with open(f"/proc/{_process(container)}/{name}", encoding="ascii") as file:
-            rows = [tuple(map(int, line.split())) for line in file]
+        text = read(f"/proc/{_process(container)}/{name}")
+        rows = [tuple(map(int, line.split())) for line in text.splitlines()]
         return lines(
             f"{inside:>10} {_seen(face, outside):>10} {count:>10}"
             for inside, outside, count in rows

@@ -7,28 +7,68 @@ domainname   0644: the NIS domain name (getdomainname(2)), likewise; `(none)` wh
 
 from __future__ import annotations
 
-from nsfs.attribute import Attribute, Caller, TagType, invalid, out_of_range
-from nsfs.container import HOSTNAME_MAX, Face
+import os
+import select
+from collections.abc import Awaitable, Callable
+
+from nsfs.attribute import Answer, Attribute, Caller, TagType, invalid, out_of_range
+from nsfs.container import HOSTNAME_MAX, Container, Face
 from nsfs.view import inside, tag
 
+HOSTNAME = "/proc/sys/kernel/hostname"
 DOMAINNAME = "/proc/sys/kernel/domainname"
 """Of the UTS namespace of whoever reads or writes it, whoever opened it."""
+KNOWN_MAX = 256
 
 
-async def hostname_show(face: Face) -> str:
-    """The name, as the namespace has it now."""
-    name: str = await face.world.spawner.hostname(tag(face, VIEW).init_pid)
+class Name:
+    """A name, as many namespaces have it.
+
+    To ask for one takes a process or a thread that joins its namespace.  So what was told is
+    remembered until poll(2) of the file tells that one was changed, of whichever namespace
+    (proc_sys_poll(), uts_proc_notify() in the kernel): before whoever did that goes on.
+    """
+
+    def __init__(self, path: str, ask: Callable[[Container], Awaitable[str]]) -> None:
+        self._path = path
+        self._ask = ask
+        self._poll: select.poll | None = None
+        self._known: dict[tuple[int, int], str] = {}
+
+    def show(self, face: Face) -> Answer[str]:
+        """The name, as the namespace has it now."""
+        container = tag(face, VIEW)
+        if self._changed() or len(self._known) >= KNOWN_MAX:
+            self._known = {}
+        known = self._known.get((container.number, container.init_pid))
+        return known if known is not None else self._tell(container)
+
+    async def _tell(self, container: Container) -> str:
+        # Should one change meanwhile, this is not the table that is looked at from then on.
+        table, key = self._known, (container.number, container.init_pid)
+        name = table[key] = await self._ask(container)
+        return name
+
+    def _changed(self) -> bool:
+        if self._poll is None:
+            # It stays open: one for all containers.
+            self._poll = select.poll()
+            self._poll.register(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), select.POLLPRI)
+        return bool(self._poll.poll(0))
+
+
+async def _hostname(container: Container) -> str:
+    name: str = await container.world.spawner.hostname(container.init_pid)
     return name + "\n"
+
+
+async def _domainname(container: Container) -> str:
+    return (await inside(container, ("uts",), _read)).decode("utf-8", "surrogateescape")
 
 
 async def hostname_store(face: Face, value: str, caller: Caller) -> None:
     """Set it; EINVAL for characters that are no part of a name, ERANGE when it is too long."""
     await face.world.spawner.set_hostname(tag(face, VIEW).init_pid, _name(value))
-
-
-async def domainname_show(face: Face) -> bytes:
-    """The name, as the namespace has it now."""
-    return await inside(tag(face, VIEW), ("uts",), _read)
 
 
 async def domainname_store(face: Face, value: str, caller: Caller) -> None:
@@ -59,8 +99,8 @@ def _write(name: bytes) -> None:
 VIEW = TagType(
     "uts",
     entries=(
-        Attribute("hostname", show=hostname_show, store=hostname_store),
-        Attribute("domainname", show=domainname_show, store=domainname_store),
+        Attribute("hostname", show=Name(HOSTNAME, _hostname).show, store=hostname_store),
+        Attribute("domainname", show=Name(DOMAINNAME, _domainname).show, store=domainname_store),
     ),
 )
 FILES = (VIEW,)

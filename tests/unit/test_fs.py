@@ -76,9 +76,14 @@ def broken_show(face: Face) -> str:
     raise KeyError("a defect")
 
 
+def full_show(face: Face) -> str:
+    raise OSError(errno.EMFILE, "the daemon has too many open")
+
+
 EXTRA = (
     Attribute("parked", stream=Parked, mode=0o644),
     Attribute("broken", show=broken_show),
+    Attribute("full", show=full_show),
 )
 CTX: Any = Context()
 
@@ -232,6 +237,14 @@ async def test_a_defect_is_eio_and_logged(ops: Operations) -> None:
     found = await ops.lookup(1, b"broken", CTX)
     info = await ops.open(found.st_ino, os.O_RDONLY, CTX)
     await fails(errno.EIO, ops.read, info.fh, 0, 10)
+
+
+async def test_that_the_daemon_may_open_no_more_files_is_not_the_callers_doing(
+    ops: Operations,
+) -> None:
+    found = await ops.lookup(1, b"full", CTX)
+    info = await ops.open(found.st_ino, os.O_RDONLY, CTX)
+    await fails(errno.ENFILE, ops.read, info.fh, 0, 10)
 
 
 async def test_an_open_file_of_another_daemon_is_made_again(ops: Operations) -> None:
