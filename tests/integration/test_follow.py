@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import program
+
 from .conftest import DEADLINE_S, Container, Instance, wait_until
 from .terminal import Terminal
 
@@ -207,7 +209,7 @@ def test_an_archive_has_all_of_it(log: Log, tmp_path: Path) -> None:
 
 def test_less_follows(log: Log) -> None:
     log.add("before-0")
-    terminal = Terminal(["less", "+F", str(log.path)])
+    terminal = Terminal([program("less"), "+F", str(log.path)])
     try:
         terminal.expect("before-0")
         for turn in range(2):
