@@ -12,7 +12,7 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import Container, Instance, wait_until
+from .conftest import SLOWNESS, Container, Instance, wait_until
 
 ENTER = str(LIBEXEC / "nsfs-enter")
 ROUNDS = 4
@@ -133,6 +133,7 @@ def test_entries_leave_nothing(
     count: int,
 ) -> None:
     payload = groups_of(instance)
+    count //= SLOWNESS
 
     def settled() -> bool:
         return (
