@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from nsfs.cli import ask
+from nsfs.spawner import LIBEXEC
 
 NSFS = [sys.executable, "-P", "-m", "nsfs.cli"]
 # On a machine that is emulated everything takes some 20 times as long.
@@ -209,6 +210,34 @@ class Container:
         body = text.split(f"{mark}-begin\n", 1)[1]
         output, _, rest = body.rpartition(f"{mark}-end ")
         return int(rest.split()[0]), output
+
+
+TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+
+
+def namespaces_of(pid: int | str) -> dict[str, int]:
+    """The inode number of each namespace of a process."""
+    return {kind: os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in TYPES}
+
+
+def group_of(pid: int) -> str:
+    """The path of a process's cgroup in the v2 hierarchy."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return next(line[3:] for line in lines if line.startswith("0::"))
+
+
+@contextlib.contextmanager
+def session(container: Container, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A session that has begun, of a shell that waits for a program."""
+    command = ["sh", "-c", "echo ready; sleep 1000; :"]
+    with subprocess.Popen(
+        [LIBEXEC / "nsfs-enter", *options, container.path, "--", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
 
 
 def fails(number: int) -> Any:

@@ -18,7 +18,7 @@ import pytest
 from nsfs import limits
 from nsfs.cgroup import Group, Hierarchies
 
-from .conftest import DEADLINE_S, NSFS, Container, Instance, refused, serving, wait_until
+from .conftest import DEADLINE_S, NSFS, Container, Instance, group_of, refused, serving, wait_until
 
 HIERARCHIES = Hierarchies.detect()
 HOG = "head -c 100000000 /dev/zero | tail -c 90000000 > /dev/null"
@@ -48,10 +48,9 @@ def keyed(text: str) -> dict[str, int]:
     return {key: int(value) for key, value in (line.split() for line in text.splitlines())}
 
 
-def group_of(container: Container) -> str:
+def directory_of(container: Container) -> str:
     """The container's group in the cgroup2 hierarchy."""
-    line = Path(f"/proc/{container.init}/cgroup").read_text().split("0::", 1)[1]
-    return f"{HIERARCHIES.v2}{line.strip().removesuffix('/init')}"
+    return f"{HIERARCHIES.v2}{group_of(container.init).removesuffix('/init')}"
 
 
 def v1_of(container: Container, controller: str) -> str:
@@ -68,7 +67,7 @@ def kernels(container: Container, name: str, v1_name: str) -> str:
     controller = name.partition(".")[0].replace("io", "blkio")
     if by_v1(name):
         return Path(v1_of(container, controller), v1_name).read_text().strip()
-    return Path(group_of(container), name).read_text().strip()
+    return Path(directory_of(container), name).read_text().strip()
 
 
 def nested(container: Container, *names: str) -> list[Container]:
@@ -601,9 +600,9 @@ def test_stat_is_the_kernels(web: Container, tmp_path: Path) -> None:
     )
     web.start("sleep", "1000")
     db.start("sleep", "1000")
-    low = keyed(Path(group_of(web), "cpu.stat").read_text())
+    low = keyed(Path(directory_of(web), "cpu.stat").read_text())
     found = stat(web)
-    high = keyed(Path(group_of(web), "cpu.stat").read_text())
+    high = keyed(Path(directory_of(web), "cpu.stat").read_text())
     for key in ("usage_usec", "user_usec", "system_usec"):
         assert low[key] <= found[f"cpu.{key}"] <= high[key]
     # The loop alone takes some 30 ms.

@@ -20,18 +20,22 @@ import pytest
 
 from tests.programs import program
 
-from .conftest import DEADLINE_S, Container, Instance, refused, wait_until, write
+from .conftest import (
+    DEADLINE_S,
+    TYPES,
+    Container,
+    Instance,
+    namespaces_of,
+    refused,
+    wait_until,
+    write,
+)
 
-TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 # By way of a shell: what setpriv(1) executes itself it still looks up with its capabilities.
 AS_NOBODY = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     *("sh", "-c", 'exec "$0" "$@"'),
 ]
-
-
-def namespaces_of(pid: int | str) -> dict[str, int]:
-    return {kind: os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in TYPES}
 
 
 def idle(container: Container) -> Container:

@@ -14,7 +14,7 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import SLOWNESS, Container, Instance, wait_until
+from .conftest import SLOWNESS, Container, Instance, session, wait_until
 from .terminal import terminal
 
 ENTER = str(LIBEXEC / "nsfs-enter")
@@ -155,25 +155,13 @@ def test_signals_are_forwarded(web: Container, number: signal.Signals) -> None:
 
 
 def test_its_death_is_a_hangup_inside(web: Container) -> None:
-    with subprocess.Popen(
-        [ENTER, str(web.path), "--", "sh", "-c", "echo ready; sleep 1000; :"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with session(web) as process:
         process.kill()
     wait_until(lambda: web.state()["procs"] == "0", "the command is gone")
 
 
 def test_the_death_of_the_container_is_137(web: Container) -> None:
-    with subprocess.Popen(
-        [ENTER, str(web.path), "--", "sh", "-c", "echo ready; sleep 1000; :"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with session(web) as process:
         subprocess.run(["rm", "-rf", str(web.path)], check=True)
         assert process.wait(DEADLINE_S) == 137
 

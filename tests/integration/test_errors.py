@@ -10,14 +10,11 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import DEADLINE_S, Container, wait_until, write
+from .conftest import DEADLINE_S, Container, refused, wait_until, write
 
 TESTS = Path(__file__).parents[1]
 MANUAL = TESTS.parent / "man/nsfs.5.rst"
@@ -147,12 +144,6 @@ OF_ENTRIES = {
     "uts/hostname ERANGE": "test_tree.py::test_values_that_are_refused_change_nothing",
 }
 """What CONTROL FILES has below an entry."""
-
-
-def refused(number: int, function: Callable[..., object], *args: object) -> None:
-    with pytest.raises(OSError, match=r".") as caught:
-        function(*args)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def test_each_errno_of_the_manual_is_provoked_by_a_test() -> None:

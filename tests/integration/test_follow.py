@@ -5,10 +5,11 @@ st_size is what grows, or GNU tail and busybox tail find nothing new, or begin a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ def test_every_line_that_comes_later_is_seen_once(
         process.wait()
 
 
+@contextlib.contextmanager
+def tail(log: Log, lines: int, out: Path, err: Path) -> Iterator[None]:
+    """`tail -f` as long as that is entered."""
+    words = ["tail", "-n", str(lines), "-s", "0.05", "-f", log.path]
+    with open(out, "ab") as file, open(err, "ab") as errors:
+        process = subprocess.Popen(words, stdout=file, stderr=errors)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_following_a_log_that_overflows(log: Log, tmp_path: Path) -> None:
     """More than is kept, and what was overwritten before it was read is all that is not seen."""
     big = "x" * 900
@@ -109,11 +123,7 @@ def test_following_a_log_that_overflows(log: Log, tmp_path: Path) -> None:
 
     fill("first")
     out = tmp_path / "out"
-    with open(out, "wb") as file:
-        process = subprocess.Popen(
-            ["tail", "-n", "3", "-s", "0.05", "-f", log.path], stdout=file, stderr=file
-        )
-    try:
+    with tail(log, 3, out, out):
         wait_until(lambda: out.read_text().count("\n") >= 3, "the last three are seen")
         first = out.read_text()
         assert first.count("first-") == 3, first[:200]
@@ -126,9 +136,6 @@ def test_following_a_log_that_overflows(log: Log, tmp_path: Path) -> None:
         wait_until(lambda: "last\n" in out.read_text(), "it is seen")
         assert out.read_text().count("small") == 1
         assert "truncated" not in out.read_text()
-    finally:
-        process.kill()
-        process.wait()
     assert log.text().splitlines()[-1].endswith("last")
 
 
@@ -137,22 +144,16 @@ def test_a_cleared_log_begins_anew(web: Container, tmp_path: Path) -> None:
     log.add("one", "two")
     assert os.stat(log.path).st_size == len(log.path.read_bytes())
     out = tmp_path / "out"
-    with open(out, "wb") as file, open(tmp_path / "err", "wb") as err:
-        process = subprocess.Popen(
-            ["tail", "-n", "1", "-s", "0.05", "-f", log.path], stdout=file, stderr=err
-        )
-    try:
+    err = tmp_path / "err"
+    with tail(log, 1, out, err):
         wait_until(lambda: "two" in out.read_text(), "the last is seen")
         os.truncate(log.path, 0)
         assert os.stat(log.path).st_size == 0
-        wait_until(lambda: "truncated" in (tmp_path / "err").read_text(), "it is noticed")
+        wait_until(lambda: "truncated" in err.read_text(), "it is noticed")
         log.add("three")
         wait_until(lambda: "three" in out.read_text(), "it goes on")
         assert out.read_text().count("three") == 1
         assert "one" not in out.read_text()
-    finally:
-        process.kill()
-        process.wait()
 
 
 READERS: dict[str, Callable[[Path], str]] = {

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from nsfs.cgroup import Hierarchies
 from nsfs.spawner import CLONE_NEW
 
-from .conftest import SLOWNESS, Container, wait_until
+from .conftest import SLOWNESS, Container, group_of, wait_until
 from .terminal import terminal
 
 DEADLINE_S = 20.0 * SLOWNESS
@@ -107,9 +108,8 @@ def test_it_dies_and_freezes_with_the_container(tree: Path, web: Container) -> N
     with sleeping() as process:
         move(tree, process.pid, web)
         web.write("freeze", "1")
-        state = Path(f"/sys/fs/cgroup/unified{group_of(process.pid)}/cgroup.events")
-        if state.exists():
-            wait_until(lambda: "frozen 1" in state.read_text(), "frozen")
+        state = Path(f"{Hierarchies.detect().v2}{group_of(process.pid)}/cgroup.events")
+        wait_until(lambda: "frozen 1" in state.read_text(), "frozen")
         web.write("freeze", "0")
         web.write("kill", "TERM")
         assert process.wait(DEADLINE_S) == -signal.SIGTERM
@@ -117,12 +117,6 @@ def test_it_dies_and_freezes_with_the_container(tree: Path, web: Container) -> N
         move(tree, process.pid, web)
         subprocess.run(["rm", "-rf", str(web.path)], check=True)
         assert process.wait(DEADLINE_S) == -signal.SIGKILL
-
-
-def group_of(pid: int) -> str:
-    """The v2 group of a process."""
-    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    return next(line[3:] for line in lines if line.startswith("0::"))
 
 
 @pytest.mark.parametrize("kind", ["cgroup", "ipc", "mnt", "net", "time", "uts"])

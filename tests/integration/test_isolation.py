@@ -21,7 +21,7 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import DEADLINE_S, Container, Instance, wait_until
+from .conftest import DEADLINE_S, Container, Instance, group_of, wait_until
 
 PYTHON = "/usr/bin/python3"
 IDS = 65536
@@ -88,10 +88,6 @@ def served(instance: Instance, tree: Path) -> Iterator[None]:
     assert "populated 0" in done.stdout
     assert time.monotonic() - began < 10
     assert instance.daemon() == daemon, instance.log()[-4000:]
-
-
-def group_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cgroup").read_text().split("0::", 1)[1].split("\n")[0]
 
 
 def uid_map(container: Container) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 from nsfs.spawner import LIBEXEC
 from tests.programs import program
 
-from .conftest import SLOWNESS, Container, wait_until
+from .conftest import SLOWNESS, Container, session, wait_until
 from .terminal import terminal
 
 DEADLINE_S = 20.0 * SLOWNESS
@@ -237,13 +237,7 @@ def test_in_part_it_has_all_but_descriptors(tree: Path, web: Container, tmp_path
 
 
 def test_in_part_it_is_listed_counted_and_killed(tree: Path, web: Container) -> None:
-    with subprocess.Popen(
-        [ENTER, "--only", "net,uts", str(web.path), "--", "sh", "-c", "echo ready; sleep 1000; :"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with session(web, "--only", "net,uts") as process:
         # The shell, and in a moment what it executes.
         wait_until(lambda: len(os.listdir(web / "procs")) == 2, "it sleeps")
         names = os.listdir(web / "procs")

@@ -14,6 +14,7 @@ from tests.integration.conftest import SLOWNESS
 from tests.programs import program
 
 TOP = Path(__file__).parents[2]
+PROGRAMS = ("nsfs-supervisor", "nsfs-spawner", "nsfs-init", "nsfs-enter", "nsfs-interposer.so")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -69,13 +70,7 @@ def test_setup_as_sudo_runs_it() -> None:
 
 
 def test_setup_made_the_programs_and_the_pages() -> None:
-    for name in (
-        "nsfs-supervisor",
-        "nsfs-spawner",
-        "nsfs-init",
-        "nsfs-enter",
-        "nsfs-interposer.so",
-    ):
+    for name in PROGRAMS:
         assert os.access(TOP / "nsfs/libexec" / name, os.X_OK), name
     for page in ("man5/nsfs.5", "man8/nsfs.8"):
         assert (TOP / ".venv/share/man" / page).read_text().count(".SH") > 0, page
@@ -262,13 +257,7 @@ def test_wheel_holds_programs_and_pages(clone: Path, tmp_path: Path) -> None:
     status, _, err = run(pip, "install", "--no-deps", "-q", clone, timeout_s=400)
     assert status == 0, err
     site = next((tmp_path / "env/lib").glob("python3*/site-packages/nsfs"))
-    for name in (
-        "nsfs-supervisor",
-        "nsfs-spawner",
-        "nsfs-init",
-        "nsfs-enter",
-        "nsfs-interposer.so",
-    ):
+    for name in PROGRAMS:
         assert os.access(site / "libexec" / name, os.X_OK), name
     assert list(site.glob("_syscalls.*.so"))
     for path in (

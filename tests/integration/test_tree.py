@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import DEADLINE_S, Container, Instance, refused, wait_until, write
-
-TYPES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-
-
-def namespaces_of(pid: int) -> dict[str, int]:
-    return {kind: os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in TYPES}
+from .conftest import (
+    DEADLINE_S,
+    TYPES,
+    Container,
+    Instance,
+    namespaces_of,
+    refused,
+    wait_until,
+    write,
+)
 
 
 def test_mkdir_makes_a_container_that_is_ready(web: Container) -> None:
