@@ -30,6 +30,7 @@
 #include <fcntl.h>
 #include <fuse3/fuse_lowlevel.h>
 #include <link.h>
+#include <poll.h>
 #include <signal.h>
 #include <linux/fuse.h>
 #include <stdbool.h>
@@ -49,6 +50,8 @@
 #define ANSWERS 1024U
 #define ANSWER_PATH 64
 #define ANSWER_NAME 64
+#define FOLLOWS_NS 20000
+#define FOLLOWING 16		/* then others have their turn */
 #define ANSWER_MS 1000U		/* as long as the kernel is told to believe what is deeper */
 _Static_assert(INFLIGHT_SLOTS <= NO_SLOT, "slots are numbered by uint16_t");
 _Static_assert((INFLIGHT_SLOTS & (INFLIGHT_SLOTS - 1)) == 0, "bucket_of() masks");
@@ -365,9 +368,9 @@ static bool still_holds(const struct answer *answer)
  * until somebody has had the kernel forget a name.  Nearly always it is there as it was before.  To
  * see that takes two system calls; through the daemon it would be as long as an OPEN or a READ.
  */
-static bool answer_again(const struct fuse_in_header *in)
+static bool answer_again(const struct fuse_in_header *in, size_t bytes)
 {
-	const char *name = looked_up(in);
+	const char *name = bytes >= sizeof(*in) && bytes == in->len ? looked_up(in) : NULL;
 	struct answer *answer = name ? answer_for(in->nodeid, name) : NULL;
 
 	if (!answer || answer->nodeid != in->nodeid || strcmp(answer->name, name))
@@ -425,11 +428,29 @@ void nsfs_interposer_forget_answers(void)
 			answers[i].nodeid = 0;
 }
 
+/*
+ * Who has walked a path is about to open what it leads to, or to look up the next: some microseconds
+ * later.  To go through the event loop, only to wait there, takes longer.
+ */
+static bool another_follows(void)
+{
+	const struct timespec moment = { .tv_nsec = FOLLOWS_NS };
+	struct pollfd device = { .fd = device_fd, .events = POLLIN };
+
+	return ppoll(&device, 1, &moment, NULL) > 0;
+}
+
 static ssize_t read_device(void *buffer, size_t size)
 {
 	struct fuse_in_header *in = landing();
 	ssize_t bytes = read(device_fd, in, INFLIGHT_SLOT_BYTES);
 
+	for (unsigned i = 0; bytes > 0 && answer_again(in, (size_t)bytes); i++) {
+		store(&in->len, 0);
+		if (i == FOLLOWING || !another_follows())
+			return nothing();
+		bytes = read(device_fd, in, INFLIGHT_SLOT_BYTES);
+	}
 	if (bytes < 0) {
 		if (errno == EAGAIN)		/* its caller was killed before it was read */
 			return nothing();
@@ -447,8 +468,6 @@ static ssize_t read_device(void *buffer, size_t size)
 		store(&in->len, 0);
 		return hand_over_init(buffer, size);
 	}
-	if (answer_again(in))
-		return nothing();
 	if (needs_reply(in->opcode) && !record(in)) {
 		reply_error(device_fd, in->unique, EBUSY);
 		return nothing();

@@ -15,6 +15,13 @@ from measure import Report, read, run
 AT_ONCE = 200
 """How often a file is read for one value: a single time is mostly noise."""
 ATTRIBUTES = ("mtu", "statistics/rx_bytes")
+LIKE_A_CONTROL_FILE = (
+    *(f"net/lo/{name}" for name in ATTRIBUTES),
+    *("net/sysctl/ipv4/ip_forward", "ipc/sysctl/kernel/shmmax"),
+    *("uts/hostname", "cgroup/memory.current", "user/owner"),
+)
+OTHERS = ("net/lo/inet", "net/lo/threaded", "net/routes", "ipc/shm", "mnt/mounts", "pid/last")
+"""What takes a thread, or the spawner: a lock in the kernel, a namespace to join, a long text."""
 
 
 def measure(instance: Instance, report: Report, runs: int, size: int) -> None:
@@ -24,10 +31,7 @@ def measure(instance: Instance, report: Report, runs: int, size: int) -> None:
     names = {
         "a control file": web / "idmap",
         "freeze, which asks the kernel": web / "freeze",
-        "uts/hostname": web / "uts/hostname",
-        "net/lo/inet": web / "net/lo/inet",
-        "net/routes": web / "net/routes",
-        **{f"net/lo/{name}": web / "net/lo" / name for name in ATTRIBUTES},
+        **{name: web / name for name in (*LIKE_A_CONTROL_FILE, *OTHERS)},
         **{f"/sys/class/net/lo/{name}": Path("/sys/class/net/lo", name) for name in ATTRIBUTES},
     }
     report.interleave(
@@ -39,10 +43,10 @@ def measure(instance: Instance, report: Report, runs: int, size: int) -> None:
         },
         runs,
     )
-    for name in ATTRIBUTES:
+    for name in LIKE_A_CONTROL_FILE:
         report.want(
-            f"net/lo/{name}, of a control file's",
-            f"views: open, read, close of net/lo/{name}",
+            f"{name}, of a control file's",
+            f"views: open, read, close of {name}",
             1.5,
             "views: open, read, close of a control file",
         )
