@@ -223,7 +223,9 @@ class Operations(pyfuse3.Operations):
                 attr.attr_timeout = 0
             if entry is self.nodes.faces:
                 uid = gid = 0
-            view = self.tables.view(node)
+            view = None if entry is self.nodes.gone else self.tables.view(node)
+            if entry is self.nodes.gone:
+                attr.entry_timeout = attr.attr_timeout = 0
             deep = len(node.path) > 2 and not isinstance(entry, Link)
             if view is not None and entry is not view and not deep:
                 # Looked up each time, so that it is gone as soon as its namespace is, or it itself.
@@ -401,7 +403,8 @@ class Operations(pyfuse3.Operations):
         listing = self.listings.get(fh)
         if listing is None:
             # Opened with an earlier daemon.
-            listing = self.listings[fh] = Listing(await self.nodes.node(inode), None)
+            process = self.processes.of(self.device.caller()[0])
+            listing = self.listings[fh] = Listing(await self.nodes.node(inode), process)
         for cookie, name, node in await listing.rows_after(start_id, self.nodes):
             if not pyfuse3.readdir_reply(token, os.fsencode(name), self.attributes(node), cookie):
                 break
@@ -431,7 +434,7 @@ class Operations(pyfuse3.Operations):
             )
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
-        self.removal.check_not_being_removed(parent.face.container, text)
+        self.removal.check_not_being_removed(parent.face, text)
         self._check_now(parent, _caller(ctx))
         if not self.world.primed:
             # Whoever is so early has not waited for the mount to be ready.
@@ -475,6 +478,9 @@ class Operations(pyfuse3.Operations):
             return
         self._check_now(parent, _caller(ctx))
         container = node.face.container
+        above = parent.face.container
+        if self.removal.under_way(above, parent.face.viewpoint, further_out=True):
+            raise OSError(errno.EBUSY, "what it is in is being removed from outside", text)
         # A moment, when it is being rebuilt.
         await container.settled.wait()
         with container.telling_why("rmdir"):
@@ -560,7 +566,7 @@ class Operations(pyfuse3.Operations):
             raise PermissionError(errno.EPERM, "namespaces cannot be re-nested", old_name)
         if self.tables.reserved(new_name):
             raise OSError(errno.EEXIST, "the name is taken", new_name)
-        self.removal.check_not_being_removed(source.face.container, new_name)
+        self.removal.check_not_being_removed(source.face, new_name)
         self._check_now(source, _caller(ctx))
         lifecycle.rename(source.face.container, old_name, new_name)
         self.forget_name(source, node.face.container, old_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import trio
@@ -22,8 +23,8 @@ from nsfs.attribute import (
     then,
 )
 from nsfs.container import Container, Face, Phase
-from nsfs.processes import Process, Processes
-from nsfs.removal import Removal
+from nsfs.processes import Process, Processes, process_lives
+from nsfs.removal import EMPTY, Removal
 from nsfs.tree import NUMBER_MASK, SHOWN, Names, Node, Paths, Tables, ino
 from nsfs.world import World
 
@@ -39,6 +40,13 @@ BELIEVED_S = 1.0
 """For how long: as long as the kernel believes names (`fs.TIMEOUT_S`)."""
 LOOKED_UP_MAX = 1024
 """How much of what views showed is kept at hand."""
+GONE = ".gone"
+"""Where names are that somebody removes who has listed them, and that are gone by then."""
+REMEMBERED_MAX = 32
+"""Of how many processes it is remembered what they have listed, before it is looked which of them
+still are."""
+DEPTH_MAX = 64
+"""In how many directories, the last ones, each has."""
 LISTED_AT_ONCE = 64
 """How many names of a view are listed before others have their turn."""
 
@@ -63,6 +71,10 @@ class Nodes:
         # What a process has seen listed in procs/ it may remove, although the processes have ended
         # meanwhile.
         self.listed: dict[Process, set[int]] = {}
+        # The same of containers, by the inode number of the directory and the name, while it
+        # removes what they were in: as a directory that is empty.
+        self.listed_names: dict[Process, OrderedDict[int, frozenset[str]]] = {}
+        self.gone = Directory(GONE, mode=0o755)
 
     async def node(self, inode: int) -> Node:
         """The node of an inode number."""
@@ -109,7 +121,9 @@ class Nodes:
     def _shown(self, face: Face, path: tuple[str, ...], number: int = 0) -> Answer[Node]:
         """What a view shows at a path, which has that number if one is given; FileNotFoundError
         when that is nothing."""
-
+        if path[0] == GONE and len(path) == 2:
+            number = number or self.paths.number(face.number, path)
+            return Node(face, self.gone, 0, ino(face.number, number), path)
         view = self.tables.view_called(path[0], face)
         contents = self.world.views.of(face, view)
         return then(contents, lambda opened: self._shown_in(opened, face, path, number))
@@ -176,6 +190,8 @@ class Nodes:
                 return self.directory(child, parent.face.viewpoint)
             if name == ".f" and parent.face.number == 0:
                 return self.tables.of(parent.face, self.faces)
+            if self._has_listed(parent, name, caller):
+                return self._shown(parent.face, (GONE, name))
         elif entry is self.faces:
             return self._bound(name)
         elif entry.find is not None:
@@ -196,6 +212,18 @@ class Nodes:
                     return int(pid)
             raise
 
+    def _has_listed(self, parent: Node, name: str, caller: Caller) -> bool:
+        """Whether a process has listed that name in a container that it removes."""
+        if not self.world.marks:
+            return False
+        process = self.processes.of(caller.tid)
+        known = self.listed_names.get(process)
+        return (
+            known is not None
+            and name in known.get(parent.ino, ())
+            and self.removal.under_way(parent.face.container, parent.face.viewpoint, process)
+        )
+
     def _bound(self, name: str) -> Node:
         """What nsfs binds into containers: `.f/FACE`, or one of its files `.f/FACE.SUFFIX`."""
         number, _, suffix = name.partition(".")
@@ -215,11 +243,36 @@ class Nodes:
         Offsets depend on the entry alone, so a listing goes on rightly whatever comes and goes
         meanwhile, and whoever the daemon is.
         """
+        if node.entry is self.gone or self.removal.shown_empty(node.face, asking):
+            return []
         if node.path or isinstance(node.entry, TagType):
             return await self._view_rows(node, asking)
         if node.entry is not self.tables.root and self.removal.files_removed(node.face, asking):
             return []
         return sorted(self._rows(node), key=lambda row: row[0])
+
+    def remember(self, process: Process, node: Node, rows: list[Row]) -> None:
+        """That a process has seen that listed."""
+        entry = node.entry
+        keyed = isinstance(entry, Directory) and entry.member is not None
+        nested = entry is self.tables.root and node.face.container.parent is not None
+        if not (keyed or nested):
+            return
+        if len(self.listed) + len(self.listed_names) >= REMEMBERED_MAX:
+            for each in {*self.listed, *self.listed_names}:
+                if not process_lives(each):
+                    self.listed.pop(each, None)
+                    self.listed_names.pop(each, None)
+        if keyed:
+            self.listed.setdefault(process, set()).update(row[2].ino for row in rows)
+        elif not rows:
+            self.world.marks.add(process, node.ino, EMPTY)
+        elif names := frozenset(name for at, name, _ in rows if CHILD_COOKIE <= at < LAST_COOKIE):
+            known = self.listed_names.setdefault(process, OrderedDict())
+            known[node.ino] = names
+            known.move_to_end(node.ino)
+            if len(known) > DEPTH_MAX:
+                known.popitem(last=False)
 
     def _rows(self, node: Node) -> Iterator[Row]:
         # Files come first, so that who removes a container comes to its views, and to what comes

@@ -26,7 +26,7 @@ from nsfs.attribute import (
 from nsfs.authority import check_mode
 from nsfs.container import Container, Phase
 from nsfs.nodes import Nodes, Row
-from nsfs.processes import Process, process_lives, thread_group
+from nsfs.processes import Process, thread_group
 from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
 from nsfs.view import check_write, lives, tag
 
@@ -264,11 +264,8 @@ class Listing:
         gone = keyed and nodes.removal.all_but_removed(self.node, self.process)
         self.rows = [] if gone else await nodes.rows(self.node, self.process)
         self.cookies = [row[0] for row in self.rows]
-        if keyed and self.process is not None:
-            for process in [p for p in nodes.listed if not process_lives(p)]:
-                del nodes.listed[process]
-            seen = nodes.listed.setdefault(self.process, set())
-            seen.update(row[2].ino for row in self.rows)
+        if self.process is not None:
+            nodes.remember(self.process, self.node, self.rows)
 
 
 def _own(nodes: Nodes, node: Node, caller: Caller) -> Node:

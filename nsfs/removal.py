@@ -19,6 +19,8 @@ GIVING_WAY_S = 1.0
 """How long a container that is being removed may take to be."""
 GIVING_WAY_MARKS = 3
 """How many files removed look like that."""
+EMPTY = "."
+"""The mark of a container whose directory was listed as empty, see `Removal.under_way`."""
 
 
 class Removal:
@@ -60,29 +62,52 @@ class Removal:
         """Whether living processes have removed all static entries of a directory; in a view, that
         they have begun to."""
         marked = self.world.marks.union(node.ino, asking)
+        if EMPTY in marked and self.shown_empty(node.face, asking):
+            return True
         in_view = node.path or isinstance(node.entry, TagType)
         if marked and (in_view or all(c.entry.name in marked for c in self.tables.children(node))):
             return True
-        return node.entry is not self.tables.root and self.files_removed(node.face, asking)
+        return node.entry is not self.tables.root and (
+            self.files_removed(node.face, asking) or self.shown_empty(node.face, asking)
+        )
 
-    def check_not_being_removed(self, container: Container, name: str) -> None:
-        """ENOENT when a removal of it, or of what it is in, has come to the nested containers.
+    def under_way(
+        self,
+        container: Container,
+        viewpoint: Container,
+        asking: Process | None = None,
+        *,
+        further_out: bool = False,
+    ) -> bool:
+        """Whether a container, or one that it is in, is being removed by somebody who looks from
+        that viewpoint or from further out: then all that is nested in it goes with it.
 
-        It goes by the names that it has listed: were others given to them meanwhile, from inside
-        for instance, it would fail with ENOTEMPTY.  They are listed after everything else but
-        procs/.
+        So nothing nested need be removed one by one, and each is shown as an empty directory.  And
+        nobody who looks from that viewpoint, or from inside, makes or names anything in it any
+        more.  Members that remove what they see of their own container do not count: they cannot
+        remove it, and keep nobody outside from anything.
         """
-        for each in container.lineage():
-            if each.parent is None:
-                return
-            for face in self.world.known_faces(each):
-                marked = self.world.marks.union(self.tables.of(face, self.tables.root).ino)
-                if marked and all(
-                    child.entry.name in marked
-                    for child in self.tables.children(self.tables.of(face, self.tables.root))
-                    if not (isinstance(child.entry, Directory) and child.entry.member is not None)
-                ):
-                    raise FileNotFoundError(errno.ENOENT, "it is being removed", name)
+        if not self.world.marks:
+            return False
+        viewpoints = set(viewpoint.lineage()) - ({viewpoint} if further_out else set())
+        return any(
+            face.viewpoint in viewpoints and not face.inner and self.files_removed(face, asking)
+            for each in container.lineage()
+            if each.parent is not None
+            for face in self.world.known_faces(each)
+        )
+
+    def shown_empty(self, face: Face, asking: Process | None) -> bool:
+        """Whether what a container is in is being removed."""
+        above = face.container.parent
+        return (
+            above is not None and not face.inner and self.under_way(above, face.viewpoint, asking)
+        )
+
+    def check_not_being_removed(self, face: Face, name: str) -> None:
+        """ENOENT when it is, or what it is in."""
+        if self.under_way(face.container, face.viewpoint):
+            raise FileNotFoundError(errno.ENOENT, "it is being removed", name)
 
     def let_give_way(self, container: Container, directory: Node, asking: Process) -> None:
         """Several files of it are marked, so it may be being removed: let its processes not be in

@@ -307,6 +307,9 @@ class Marks:
             return set()
         return set().union(*by_process.values())
 
+    def __bool__(self) -> bool:
+        return bool(self._marks)
+
     def forget(self, face_number: int) -> None:
         """Nothing of that face exists any more."""
         for directory in [d for d in self._marks if d >> FACE_SHIFT == face_number]:

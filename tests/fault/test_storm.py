@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Container, Instance, serving, wait_until
+from tests.integration.test_remove import SPELLINGS
 
 SEED = int(os.environ.get("NSFS_TEST_SEED", random.SystemRandom().randrange(1 << 32)))
 STORM_S = float(os.environ.get("NSFS_TEST_STORM_S", "2"))
@@ -114,7 +115,8 @@ def test_everything_at_once(tree: Path, tmp_path: Path) -> None:
     ended(workers)
 
 
-def test_everything_at_once_within_a_container(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_everything_at_once_within_a_container(spelling: str, tree: Path, tmp_path: Path) -> None:
     """The same from inside and outside, and then all of it is removed."""
     (tree / "web").mkdir()
     web = Container(tree / "web")
@@ -122,13 +124,12 @@ def test_everything_at_once_within_a_container(tree: Path, tmp_path: Path) -> No
     for script in SCRIPTS:
         web.start("sh", "-c", f"cd /sys/namespaces; while :; do {script}; done >/dev/null 2>&1")
     workers = [worker(script, web.path, stop) for script in SCRIPTS[:4]]
-    time.sleep(STORM_S / 2)
-    done = subprocess.run(
-        ["rm", "-rf", web.path], capture_output=True, text=True, check=False, timeout=60
-    )
-    stop.touch()
-    ended(workers)
-    assert (done.returncode, done.stderr) == (0, "")
+    time.sleep(STORM_S / 4)
+    try:
+        SPELLINGS[spelling](web.path)
+    finally:
+        stop.touch()
+        ended(workers)
     assert not web.path.exists()
 
 

@@ -100,7 +100,10 @@ def test_while_members_fork(spelling: str, web: Container, instance: Instance) -
     instance.settled()
 
 
-def test_while_somebody_makes_containers_inside(web: Container, instance: Instance) -> None:
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_while_somebody_makes_containers_inside(
+    spelling: str, web: Container, instance: Instance
+) -> None:
     stop = threading.Event()
     made = 0
 
@@ -121,14 +124,11 @@ def test_while_somebody_makes_containers_inside(web: Container, instance: Instan
         each.start()
     try:
         wait_until(lambda: made > 5, "containers are made")
-        done = subprocess.run(
-            ["rm", "-rf", web.path], check=False, capture_output=True, timeout=2 * DEADLINE_S
-        )
+        SPELLINGS[spelling](web.path)
     finally:
         stop.set()
         for each in makers:
             each.join()
-    assert (done.returncode, done.stderr) == (0, b"")
     assert not web.path.exists()
     instance.settled()
 
@@ -187,13 +187,16 @@ def test_while_a_member_is_traced(web: Container, instance: Instance) -> None:
     instance.settled()
 
 
-def test_while_a_member_waits_in_a_read_of_nsfs(web: Container, instance: Instance) -> None:
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_while_a_member_waits_in_a_read_of_nsfs(
+    spelling: str, web: Container, instance: Instance
+) -> None:
     web.start("cat", "/dev/kmsg")
     web.start("cat", "/proc/kmsg")
     wait_until(lambda: int(web.state()["procs"]) == 2, "both read")
     time.sleep(0.1)
     pids = processes_of(instance, web.path)
-    SPELLINGS["gnu"](web.path)
+    SPELLINGS[spelling](web.path)
     wait_until(lambda: all_gone(pids), "they are gone", GONE_S)
     instance.settled()
 
@@ -314,6 +317,60 @@ def test_gone_from_inside_for_who_is_removing_it_outside(
     finally:
         for each in (fd, log_fd, directory_fd):
             os.close(each)
+
+
+def test_what_is_nested_goes_with_what_it_is_in(tree: Path, web: Container) -> None:
+    """Once its files are removed, what is nested is shown empty, and as it was listed: whoever
+    makes, renames or removes containers inside is in nobody's way."""
+    for name in ("db", "db/deep", "cache"):
+        os.mkdir(web / name)
+    Container(web / "db").start("sleep", "1000")
+    wait_until(lambda: web.state()["procs"] == "1", "it runs")
+    listed = sorted(os.listdir(web.path))
+    web.run("rmdir /sys/namespaces/cache")
+    files = [name for name in listed if (web / name).is_file()]
+    for name in files[:-1]:
+        os.unlink(web / name)
+    # It may be the files alone that are removed.
+    assert "deep" in os.listdir(web / "db")
+    refused(errno.ENOENT, os.stat, web / "cache")
+    os.unlink(web / files[-1])
+    assert os.listdir(web / "db") == os.listdir(web / "cache") == []
+    refused(errno.ENOENT, os.mkdir, web / "new")
+    refused(errno.ENOENT, os.mkdir, web / "db/deep/new")
+    refused(errno.ENOENT, os.rename, web / "db", web / "bd")
+    for words, why in (
+        ("mkdir new", "No such file"),
+        ("mv -T db bd", "No such file"),
+        ("rmdir db/deep", "busy"),
+    ):
+        code, said = web.run_code(f"cd /sys/namespaces && {words}")
+        assert code == 1
+        assert why in said
+    # Who did not list it finds nothing.
+    assert subprocess.run(["test", "-e", web / "cache"], check=False).returncode == 1
+    os.rmdir(web / "cache")
+    os.rmdir(web / "db")
+    assert web.state()["containers"] == "0"
+    assert sorted(os.listdir(web.path)) == sorted(set(listed) - {"cache", "db"})
+    shutil.rmtree(web.path)
+
+
+def test_a_member_that_removes_what_it_sees_is_in_nobodys_way(web: Container) -> None:
+    os.mkdir(web / "db")
+    web.start(
+        "python3",
+        "-c",
+        "import os, time; os.chdir('/sys/namespaces'); "
+        "[os.unlink(n) for n in os.listdir() if os.path.isfile(n)]; print('done', flush=True); "
+        "time.sleep(1000)",
+    )
+    wait_until(lambda: "done" in web.read("output"), "it has removed all files")
+    os.mkdir(web / "new")
+    os.rename(web / "new", web / "other")
+    assert "kmsg" in os.listdir(web / "db")
+    os.rmdir(web / "other")
+    os.rmdir(web / "db")
 
 
 def test_a_bounded_fork_bomb(tree: Path, web: Container, instance: Instance) -> None:
