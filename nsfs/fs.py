@@ -223,7 +223,7 @@ class Operations(pyfuse3.Operations):
                 attr.attr_timeout = 0
             if entry is self.nodes.faces:
                 uid = gid = 0
-            view = None if entry is self.nodes.gone else self.tables.view(node)
+            view = self.tables.view(node)
             if entry is self.nodes.gone:
                 attr.entry_timeout = attr.attr_timeout = 0
             deep = len(node.path) > 2 and not isinstance(entry, Link)

@@ -219,9 +219,8 @@ class Tables:
     def view(self, node: Node) -> TagType | None:
         """The tagged directory that a node is, or is in."""
         if node.path:
-            found = self._children[id(self.root)][node.path[0]]
-            assert isinstance(found, TagType)
-            return found
+            found = self._children[id(self.root)].get(node.path[0])
+            return found if isinstance(found, TagType) else None
         return self._views.get(id(node.entry))
 
     def view_called(self, name: str, face: Any) -> TagType:
