@@ -174,6 +174,8 @@ class Container:
     console: Console = NO_CONSOLE
     inherited_log: int = 0
     """The ID of its syslog namespace, if that was made with another container; else 0."""
+    log_from: int = 0
+    """The number of the container whose log is to become its own, as long as it has not."""
     log_limits: LogLimits | None = None
     """None: what the configuration says."""
     children: dict[str, Container] = field(default_factory=dict)
@@ -428,6 +430,7 @@ class Container:
                 "console": self.console,
                 "log_limits": self.log_limits,
                 "inherited_log": self.inherited_log,
+                "log_from": self.log_from,
                 "faces": self.faces,
                 "pins": self.pins,
                 "past": self.group.past,
@@ -485,6 +488,7 @@ class Container:
         self.pins = [(v, p) for v, p in record["pins"]]
         self.group.past = record.get("past", {})
         self.inherited_log = record.get("inherited_log", 0)
+        self.log_from = record.get("log_from", 0)
         self.address = record.get("address", "")
         self.ends = [(n, i) for n, i in record.get("ends", ())]
         self.faces = {int(k): v for k, v in record["faces"].items()}

@@ -240,6 +240,9 @@ async def resume(world: World) -> None:
         elif each.phase is Phase.REBUILDING:
             each.settled = trio.Event()
             world.start(finish_rebuild, each)
+        elif each.phase is Phase.DEAD and pods.sharers(each):
+            # The last daemon recorded its death, and no more.
+            pods.hand_over(each)
 
 
 async def show_again(world: World) -> None:

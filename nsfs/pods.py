@@ -30,7 +30,8 @@ def sharers(container: Container) -> list[Container]:
         if each.build.shared and container.number in dict(each.build.shared).values()
         if each.phase is not Phase.GONE
     ]
-    return sorted(found, key=lambda each: each.number)
+    # Not by their numbers: one that was made in advance had its own before it had a name.
+    return sorted(found, key=lambda each: (each.since, each.number))
 
 
 def joins(container: Container) -> Iterator[tuple[int | str, str]]:
@@ -64,11 +65,13 @@ def hand_over(container: Container) -> None:
                 heirs[kind] = each
                 if kind == namespaces.SYSLOG:
                     each.inherited_log = container.log_number
+                    each.log_from = container.number
         each.build = dataclasses.replace(each.build, shared=tuple(left))
         each.save()
     for kind, heir in heirs.items():
         if kind == namespaces.SYSLOG:
             world.store.move_log(container.number, heir.number)
+            heir.log_from = 0
             heir.own_log, container.own_log = container.own_log, None
             # Built anew it would have another one.
             container.inherited_log = world.store.number()

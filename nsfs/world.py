@@ -232,6 +232,11 @@ class World:
                 continue
             each = Container.from_record(self, number, parent, record)
             self._register(each)
+            if each.log_from:
+                # The last daemon died between recording it and doing so.
+                self.store.move_log(each.log_from, number)
+                each.log_from = 0
+                each.save()
             if each.phase is Phase.MAKING and self.ready.get(number):
                 each.phase = Phase.RUNNING
             if each.phase in UNFINISHED or parent.phase is Phase.GONE:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -17,9 +19,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nsfs.processes import process_lives, start_time
 from tests.integration.conftest import (
     DEADLINE_S,
     Container,
@@ -414,6 +418,73 @@ def test_an_init_that_ends_while_no_daemon_is_there(instance: Instance, web: Con
     wait_until(dead, "it is seen that it has ended")
     assert web.state()["populated"] == "0"
     os.rmdir(web.path)
+
+
+@contextlib.contextmanager
+def without_a_daemon(instance: Instance) -> Iterator[Path]:
+    """The daemon has died, the next one comes afterwards; where the records are."""
+    old = instance.daemon()
+    process = old, start_time(old)
+    supervisor = int((instance.run_dir / "supervisor.pid").read_text())
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: not process_lives(process), "it has died")
+        yield instance.run_dir / "c"
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    wait_until(lambda: instance.daemon() != old, "there is another daemon")
+
+
+def record_of(records: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a container's record, and what is in it."""
+    for path in records.glob("*.json"):
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["name"] == name:
+            return path, record
+    raise AssertionError(name)
+
+
+def test_killed_before_the_log_of_a_pod_is_handed_over(
+    instance: Instance, tree: Path, web: Container
+) -> None:
+    """Its heir is recorded, and its log was not moved yet."""
+    (tree / "db").mkdir()
+    db = Container(tree / "db")
+    db.write("namespaces", "syslog ../web")
+    web.run("echo from web > /dev/kmsg")
+    with without_a_daemon(instance) as records:
+        number = int(record_of(records, "web")[0].stem)
+        path, record = record_of(records, "db")
+        assert record["build"]["shared"] == [["syslog", number]]
+        record["build"]["shared"] = []
+        record["inherited_log"] = record["log_from"] = number
+        path.write_text(json.dumps(record))
+    assert "from web" in db.read("kmsg")
+    assert "from web" not in web.read("kmsg")
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    instance.kill_daemon()
+    assert "from web" in db.read("kmsg")
+
+
+def test_killed_before_the_namespaces_of_a_pod_are_handed_over(
+    instance: Instance, tree: Path, web: Container
+) -> None:
+    """The holder is recorded as dead, and no heir."""
+    (tree / "db").mkdir()
+    db = Container(tree / "db")
+    db.write("namespaces", "net ../web")
+    assert "net ../web" in re.sub(r" \d+ ", " ", db.read("namespaces"))
+    init = web.init
+    with without_a_daemon(instance) as records:
+        os.kill(init, signal.SIGKILL)
+        path, record = record_of(records, "web")
+        record["phase"] = "dead"
+        path.write_text(json.dumps(record))
+    assert "net own" in re.sub(r" \d+ ", " ", db.read("namespaces"))
+    db.write("net/lo/mtu", "1234")
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=30)
+    assert db.read("net/lo/mtu") == "1234\n"
 
 
 # --- the others ---
