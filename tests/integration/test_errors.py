@@ -68,7 +68,7 @@ PROVOKED = {
         "integration/test_network.py::test_names_that_cannot_be",
     ),
     "ENFILE": (
-        "integration/test_view_names.py::test_a_daemon_that_may_open_no_more_files_says_so",
+        "unit/test_fs.py::test_that_the_daemon_may_open_no_more_files_is_not_the_callers_doing",
     ),
     "ENODEV": (
         "integration/test_tree.py::test_a_dead_container_says_enodev_and_can_be_removed",
