@@ -291,8 +291,26 @@ def dmesg_restricted() -> bool:
         return file.read().strip() != "0"
 
 
-def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:
-    """EPERM when the caller's mount namespace has the tree at more than one place.
+def mounts_of(tid: int, most: int) -> bytes:
+    """/proc/TID/mountinfo, nothing of a thread that has ended; EFBIG when it is longer than `most`
+    bytes."""
+    text = bytearray()
+    try:
+        fd = os.open(f"/proc/{tid}/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while part := os.read(fd, 65536):
+                text += part
+                if len(text) > most:
+                    raise OSError(errno.EFBIG, "too many mounts to look through", str(tid))
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return bytes(text)
+
+
+def check_seen_once(mounts: bytes, device: tuple[int, int], viewpoint: int) -> None:
+    """EPERM when the mount namespace with that mountinfo has the tree at more than one place.
 
     The mount is unbindable, so that `mount --rbind /sys chroot/sys` does not carry it along into a
     tree that somebody will `rm -rf`.  But a copy of the mount namespace is bindable again
@@ -300,15 +318,8 @@ def check_seen_once(tid: int, device: tuple[int, int], viewpoint: int) -> None:
     would kill is the same.  Which of the two places a request came by cannot be seen.
     """
     root = "/" if not viewpoint else f"/.f/{viewpoint}"
-    wanted = f"{device[0]}:{device[1]}"
-    places = 0
-    try:
-        with open(f"/proc/{tid}/mountinfo", "rb") as file:
-            for line in file.read().decode(errors="surrogateescape").splitlines():
-                fields = line.split(" ", 5)
-                places += fields[2] == wanted and fields[3] == root
-    except (FileNotFoundError, ProcessLookupError):
-        return
+    # Blanks in a path are escaped there, so this can be at one place of a line only.
+    places = mounts.count(f" {device[0]}:{device[1]} {root} ".encode())
     if places > 1:
         raise PermissionError(
             errno.EPERM,

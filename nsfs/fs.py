@@ -25,6 +25,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from nsfs import lifecycle, members, takeover
+from nsfs.accounts import Account, Bound, account_of
 from nsfs.attribute import (
     FILE_SIZE,
     Answer,
@@ -36,15 +37,15 @@ from nsfs.attribute import (
     OpenFile,
     then,
 )
-from nsfs.authority import check_mode, check_seen_once
-from nsfs.container import Container, Face
+from nsfs.authority import check_mode, check_seen_once, mounts_of
+from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
 from nsfs.nodes import Nodes
 from nsfs.openfile import Listing, check_writable, open_file, reopen
 from nsfs.rebuild import give
 from nsfs.syscalls import forget_answers, keep_answer
 from nsfs.tree import KEYED, NUMBER_MASK, ROOT_NUMBER, SELF, SHOWN, Node, ino
-from nsfs.view import check_write, life, tag
+from nsfs.view import PROC, check_write, in_thread, life, tag
 from nsfs.world import World
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,15 @@ CHANGED_S = 2 * TIMEOUT_S
 an answer to the kernel that was under way at that moment may have told it the old ones."""
 OTHERS = {errno.EMFILE: errno.ENFILE}
 """Errors that would say of the caller what is so of the daemon."""
+FILES_MAX = 8192
+"""Open files and directories of one account: each takes some kilobytes, and the place of those
+whose position the next daemon has to know (`World.opens`)."""
+MOUNTS_AT_ONCE = 1 << 16
+"""Bytes of a mountinfo that are read in no time."""
+MOUNTS_SIZE_MAX = 1 << 24
+"""Bytes of one that is looked through at all."""
+READS_MAX = 512
+"""Reads of one account that may wait, of the 15,360 that may in all."""
 ACCESS = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}
 
 T = TypeVar("T")
@@ -134,6 +144,10 @@ class Operations(pyfuse3.Operations):
         self.running: dict[int, trio.CancelScope] = {}
         self.open_files: dict[int, OpenFile] = {}
         self.listings: dict[int, Listing] = {}
+        self.accounts: dict[int, Account] = {}
+        """On whose account an open file or directory is; those of an earlier daemon are on none."""
+        self.files = Bound(FILES_MAX, errno.ENFILE, "too many open files")
+        self.reads = Bound(READS_MAX, errno.EBUSY, "too many reads wait")
         self._token: int = device.generation << 40
         self.changed_at = 0.0
         """When owners or modes last changed (CLOCK_MONOTONIC)."""
@@ -185,6 +199,20 @@ class Operations(pyfuse3.Operations):
     def _new_token(self) -> int:
         self._token += 1
         return self._token
+
+    def _charge(self, face: Face, uid: int) -> int:
+        """The token of a file or directory that is being opened, which is on somebody's account;
+        ENFILE when that has all that it may have."""
+        account = account_of(face, uid)
+        self.files.take(account)
+        token = self._new_token()
+        self.accounts[token] = account
+        return token
+
+    def _discharge(self, token: int) -> None:
+        account = self.accounts.pop(token, None)
+        if account is not None:
+            self.files.give_back(account)
 
     # --- nodes ---
 
@@ -392,7 +420,7 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: Any) -> int:
         """FUSE_OPENDIR."""
         node = await self._addressed(inode)
-        token = self._new_token()
+        token = self._charge(node.face, ctx.uid)
         self.listings[token] = Listing(node, self.processes.of(ctx.pid))
         return token
 
@@ -412,6 +440,7 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def releasedir(self, fh: int) -> None:
         """FUSE_RELEASEDIR."""
+        self._discharge(fh)
         listing = self.listings.pop(fh, None)
         if listing is not None:
             listing.release()
@@ -484,12 +513,24 @@ class Operations(pyfuse3.Operations):
         # A moment, when it is being rebuilt.
         await container.settled.wait()
         with container.telling_why("rmdir"):
-            check_seen_once(ctx.pid, self.world.device_numbers, node.face.viewpoint.number)
+            mounts = await self._mounts(ctx.pid, container)
+            if container.phase is Phase.GONE:
+                raise FileNotFoundError(errno.ENOENT, "no such container", text)
+            check_seen_once(mounts, self.world.device_numbers, node.face.viewpoint.number)
             if self.removal.fully_marked(node, self.processes.of(ctx.pid)):
                 lifecycle.end(container)
             else:
                 lifecycle.remove_idle(container)
         self.forget_name(parent, container, text)
+
+    async def _mounts(self, tid: int, container: Container) -> bytes:
+        """mountinfo of a caller, read by a thread where it is long."""
+        try:
+            return mounts_of(tid, MOUNTS_AT_ONCE)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+        return await in_thread(lambda: mounts_of(tid, MOUNTS_SIZE_MAX), PROC, container)
 
     def forget_name(self, parent: Node, container: Container, name: str) -> None:
         """Have the kernel drop a container's name wherever else it is seen."""
@@ -627,14 +668,18 @@ class Operations(pyfuse3.Operations):
 
     def _open(self, node: Node, flags: int, caller: Caller) -> FileInfo:
         self._check_now(node, caller, ACCESS[flags & os.O_ACCMODE])
-        token = self._new_token()
-        opened = open_file(self.nodes, node, token, flags, caller)
-        if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
-            try:
-                node.entry.truncate(node.face, caller)
-            except OSError:
-                opened.release()
-                raise
+        token = self._charge(node.face, caller.uid)
+        try:
+            opened = open_file(self.nodes, node, token, flags, caller)
+            if flags & os.O_TRUNC and isinstance(node.entry, Attribute) and node.entry.truncate:
+                try:
+                    node.entry.truncate(node.face, caller)
+                except OSError:
+                    opened.release()
+                    raise
+        except BaseException:
+            self._discharge(token)
+            raise
         self.open_files[token] = opened
         return FileInfo(fh=pyfuse3.FileHandleT(token), direct_io=True)
 
@@ -656,13 +701,28 @@ class Operations(pyfuse3.Operations):
     def read(self, fh: int, off: int, size: int) -> Answer[bytes]:
         """FUSE_READ."""
         unique, _, opcode, _ = self.device.current()
+        uid = self.device.caller()[1]
 
         def read(opened: OpenFile) -> Answer[bytes]:
             if opcode == takeover.LSEEK:
                 return takeover.sought(opened.seek(*takeover.seek(off)))
-            return opened.read(off, size, unique)
+            found = opened.read(off, size, unique)
+            if isinstance(found, CoroutineType):
+                return self._when_read(account_of(opened.face, uid), found)
+            return found
 
         return then(self.open_files.get(fh) or self._opened(fh), read)
+
+    async def _when_read(self, account: Account, found: Coroutine[Any, Any, bytes]) -> bytes:
+        try:
+            self.reads.take(account)
+        except OSError:
+            found.close()
+            raise
+        try:
+            return await found
+        finally:
+            self.reads.give_back(account)
 
     @waiting
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -675,6 +735,7 @@ class Operations(pyfuse3.Operations):
     @boundary
     async def release(self, fh: int) -> None:
         """FUSE_RELEASE."""
+        self._discharge(fh)
         found = self.open_files.pop(fh, None)
         if found is None:
             self.world.opens.drop(fh)

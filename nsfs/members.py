@@ -7,7 +7,9 @@ PID for each PID namespace from the reader's down to the process's own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import pwd
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ COMMAND_WAIT_S = 0.2
 COMMANDS_AT_ONCE = 4
 """How many of those of one container at the top, or of one user, may be read at once."""
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+NS_GET_TGID_FROM_PIDNS, NS_GET_TGID_IN_PIDNS = 0x8004B707, 0x8004B709
+"""ioctl_nsfs(2), Linux 6.11: a process of a PID namespace by our number, and of ours by its."""
 
 
 def no_process(pid: object) -> FileNotFoundError:
@@ -98,16 +102,47 @@ def has_name(viewpoint: Container, pid: int) -> bool:
 def seen_pids(face: Face) -> Iterator[tuple[int, int]]:
     """The members: the host's PID, and the one by which the face's viewpoint knows it."""
     depth = level(face.viewpoint)
-    for pid in host_pids(face.container):
-        if not depth:
-            yield pid, pid
-            continue
-        try:
-            seen = seen_pid(pid, depth)
-        except FileNotFoundError:
-            continue
-        if seen and has_name(face.viewpoint, pid):
-            yield pid, seen
+    with _pid_namespace(face.viewpoint, depth) as namespace_fd:
+        for pid in host_pids(face.container):
+            if not depth:
+                yield pid, pid
+                continue
+            try:
+                seen = _translated(namespace_fd, NS_GET_TGID_IN_PIDNS, pid)
+                if seen is None:
+                    seen = seen_pid(pid, depth)
+            except FileNotFoundError:
+                continue
+            if seen and has_name(face.viewpoint, pid):
+                yield pid, seen
+
+
+@contextlib.contextmanager
+def _pid_namespace(viewpoint: Container, depth: int) -> Iterator[int]:
+    """A descriptor of the viewpoint's PID namespace; -1 when that is the host's, or dead."""
+    fd = -1
+    if depth:
+        with contextlib.suppress(OSError):
+            init_pid = viewpoint.holder("pid").init_pid
+            fd = os.open(f"/proc/{init_pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _translated(namespace_fd: int, request: int, pid: int) -> int | None:
+    """A PID in or from a PID namespace; FileNotFoundError when there is no such process, None when
+    the kernel cannot say."""
+    if namespace_fd < 0:
+        return None
+    try:
+        return fcntl.ioctl(namespace_fd, request, pid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise no_process(pid) from error
+        return None
 
 
 def host_pid(face: Face, seen: int) -> int:
@@ -123,9 +158,17 @@ def host_pid(face: Face, seen: int) -> int:
         if container_of(container, seen) is None:
             raise no_process(seen)
         return seen
-    for pid in host_pids(container):
+    # To go through all members takes too long to be done for whoever asks as often as he likes.
+    with _pid_namespace(face.viewpoint, depth) as namespace_fd:
+        found = _translated(namespace_fd, NS_GET_TGID_FROM_PIDNS, seen)
+    candidates = host_pids(container) if found is None else (found,)
+    for pid in candidates:
         try:
-            if seen_pid(pid, depth) == seen and has_name(face.viewpoint, pid):
+            if (
+                seen_pid(pid, depth) == seen
+                and has_name(face.viewpoint, pid)
+                and (found is None or container_of(container, pid) is not None)
+            ):
                 return pid
         except FileNotFoundError:
             continue

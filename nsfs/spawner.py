@@ -55,8 +55,7 @@ spawner.c): so all other ones can be made whatever these wait for."""
 _MADE_IN_ONE_MAX = 4
 """How many of these in one container at the top: whoever is root there can stop what makes them."""
 _SYSCTLS_MAX = 4
-"""How many may be under way for one process's namespaces: whoever is root there can stop the
-child."""
+"""How many may be under way on one account: whoever is root there can stop the child."""
 
 # enum spawner_flag
 _ROOTFS, _IDMAP, _READ_ONLY, _CLOCKS, _SLAVE, _SYSLOG = 1, 2, 4, 8, 16, 32
@@ -264,6 +263,7 @@ class Spawner:
         strings: Sequence[str] = (),
         fds: Sequence[int] = (),
         joins: int = 0,
+        account: int = 0,
         top: int | None = None,
     ) -> tuple[int, int, str, int | None]:
         """One request; returns pid, value, text and descriptor of the reply.
@@ -300,7 +300,7 @@ class Spawner:
         if len(message) >= _MESSAGE_MAX:
             raise OSError(errno.E2BIG, "the request is too long")
         if op in _ASIDE:
-            await self._begin(number, op, pid)
+            await self._begin(number, op, account)
         elif top is not None:
             await self._begin_to_make(number, top)
         waiter = self._waiting[number] = _Waiter()
@@ -330,12 +330,12 @@ class Spawner:
             raise failure(error, step)
         return pid, value, os.fsdecode(text.rstrip(b"\0")), fd
 
-    async def _begin(self, number: int, op: int, pid: int) -> None:
+    async def _begin(self, number: int, op: int, account: int) -> None:
         """Wait for one's turn with what may take long; EAGAIN when too many sysctls hang there."""
-        if op == _SYSCTL and list(self._under_way.values()).count((op, pid)) >= _SYSCTLS_MAX:
-            raise OSError(errno.EAGAIN, "others wait for that namespace", str(pid))
+        if op == _SYSCTL and list(self._under_way.values()).count((op, account)) >= _SYSCTLS_MAX:
+            raise OSError(errno.EAGAIN, "others wait for such a namespace", str(account))
         await self._asides.acquire()
-        self._under_way[number] = op, pid
+        self._under_way[number] = op, account
 
     async def _begin_to_make(self, number: int, top: int) -> None:
         """Wait for one's turn with a container that is made aside."""
@@ -468,22 +468,26 @@ class Spawner:
         """Set it, as sethostname(2) would: EINVAL beyond 64 bytes."""
         await self._call(_SET_HOSTNAME, pid=pid, strings=(name,))
 
-    async def sysctl(self, pid: int, kinds: tuple[str, ...], path: str) -> bytes:
+    async def sysctl(self, pid: int, kinds: tuple[str, ...], path: str, account: int = 0) -> bytes:
         """What is read in a file below /proc/sys from a process's namespaces of some types.
 
-        Those are net, ipc and pid.
+        Those are net, ipc and pid.  `account` is who may have _SYSCTLS_MAX under way.
         """
         types = sum(CLONE_NEW[kind] for kind in kinds)
-        fd = _fd(await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path,)))
+        fd = _fd(
+            await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path,), account=account)
+        )
         try:
             return os.read(fd, 4096)
         finally:
             os.close(fd)
 
-    async def set_sysctl(self, pid: int, kinds: tuple[str, ...], path: str, value: str) -> None:
+    async def set_sysctl(
+        self, pid: int, kinds: tuple[str, ...], path: str, value: str, account: int = 0
+    ) -> None:
         """Write it there, as the root of the process's user namespace."""
         types = sum(CLONE_NEW[kind] for kind in kinds)
-        await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path, value))
+        await self._call(_SYSCTL, pid=pid, unshare=types, strings=(path, value), account=account)
 
     async def tree(self, pid: int, path: str, uid: int = 0, gid: int = 0, seen_by: int = 0) -> int:
         """A detached clone of the tree at a path, as process `pid` sees it (0: the host).

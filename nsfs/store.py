@@ -194,12 +194,12 @@ class Slots:
     COUNT = 16384
     WORDS = 10
 
-    def __init__(self, path: str) -> None:
-        self._words = memoryview(map_file(path, self.COUNT * self.WORDS * 8)).cast("Q")
+    def __init__(self, path: str, count: int = COUNT) -> None:
+        self._words = memoryview(map_file(path, count * self.WORDS * 8)).cast("Q")
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         # Sparse: the file's holes read as zero, and a key is never zero.
-        for at in range(0, self.COUNT * self.WORDS, self.WORDS):
+        for at in range(0, len(self._words), self.WORDS):
             key = self._words[at]
             if key:
                 self._slots[key] = at

@@ -12,6 +12,7 @@ import stat
 import threading
 import time
 
+from nsfs.accounts import top_of
 from nsfs.attribute import Answer, Attribute, Caller, Contents, Directory, Entry
 from nsfs.container import Container, Face
 from nsfs.view import files_are_scarce, inside
@@ -189,13 +190,17 @@ async def read(container: Container, kinds: tuple[str, ...], where: str) -> byte
     """A sysctl of a PID namespace, too, which a thread cannot join."""
     if container.parent is None:
         return _read(where)
-    return await container.world.spawner.sysctl(container.init_pid, kinds, where)
+    return await container.world.spawner.sysctl(
+        container.init_pid, kinds, where, account=top_of(container)
+    )
 
 
 async def write(container: Container, kinds: tuple[str, ...], where: str, value: str) -> None:
     """Set a sysctl, as the container's root: so the kernel decides which are its."""
     if container.parent is not None:
-        await container.world.spawner.set_sysctl(container.init_pid, kinds, where, value)
+        await container.world.spawner.set_sysctl(
+            container.init_pid, kinds, where, value, account=top_of(container)
+        )
         return
     fd = os.open(f"/proc/sys/{where}", os.O_WRONLY | os.O_CLOEXEC)
     try:

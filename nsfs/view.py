@@ -19,6 +19,7 @@ from typing import TypeVar
 import trio
 
 from nsfs import namespaces
+from nsfs.accounts import Turns
 from nsfs.attribute import Answer, Attribute, Caller, Contents, Directory, TagType
 from nsfs.authority import check_namespace
 from nsfs.container import Container, Face, Phase
@@ -195,10 +196,7 @@ def check_write(face: Face, view: TagType, caller: Caller) -> None:
 
 
 async def inside(
-    container: Container,
-    kinds: tuple[str, ...],
-    work: Callable[[], T],
-    limiter: trio.CapacityLimiter | None = None,
+    container: Container, kinds: tuple[str, ...], work: Callable[[], T], turns: Turns | None = None
 ) -> T:
     """Run `work` in a thread that has joined a container's namespaces of some types.
 
@@ -206,21 +204,25 @@ async def inside(
     ends with it, so it never has to come back.  ProcessLookupError when the namespaces are dead.
     """
     if container.parent is None:
-        return await in_thread(work, limiter)
-    return await in_thread(lambda: namespaces.within(container.init_pid, kinds, work), limiter)
+        return await in_thread(work, turns, container)
+    return await in_thread(
+        lambda: namespaces.within(container.init_pid, kinds, work), turns, container
+    )
 
 
-async def in_thread(work: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
+async def in_thread(
+    work: Callable[[], T], turns: Turns | None = None, about: Container | None = None
+) -> T:
     """Run what may block in a thread; a signal of whoever waits leaves it behind."""
     running: Awaitable[T] = trio.to_thread.run_sync(
-        work, abandon_on_cancel=True, limiter=limiter or _threads
+        work, abandon_on_cancel=True, limiter=(turns or _threads).of(about)
     )
     return await running
 
 
-_threads = trio.CapacityLimiter(64)
-PROC = trio.CapacityLimiter(2)
+_threads = Turns(64, 16)
+PROC = Turns(2, 1)
 """Of what goes through as many processes, mounts or IPC objects as a container likes to have.  Such
 threads compute: were there many, the event loop would seldom get the interpreter's lock."""
-DUMPS = trio.CapacityLimiter(2)
+DUMPS = Turns(2, 1)
 """The same of interfaces, addresses and routes; others may have to wait for the RTNL."""

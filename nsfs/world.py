@@ -95,7 +95,7 @@ class World:
         self.hierarchies = hierarchies
         self.addresses = Addresses(config.network.prefix)
         self.ranges = idmap.Ranges(config.ids.first, config.ids.last, config.ids.per_container)
-        self.opens = Slots(os.path.join(store.directory, "opens"))
+        self.opens = Slots(os.path.join(store.directory, "opens"), 65536)
         """Open files' tokens to what the next daemon needs to go on with them."""
         self.ready = Slots(os.path.join(store.directory, "ready"))
         """The containers whose init has said that it is ready."""

@@ -1818,6 +1818,9 @@ static int sysctl_inside(void)
 	if (head->strings > 1 && other_user_ns &&
 	    (setns(pid_fd, CLONE_NEWUSER) || set_ids(0, 0, 0, true) || set_ids(0, 0, 0, false)))
 		return -EPERM;
+	/* A change of credentials sets it to fs.suid_dumpable, which may be 1: and the child is to be seen inside. */
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+		return -errno;
 	/* A child, since only such a one is in a PID namespace that was joined. */
 	result = aside(access_sysctl, &ends[1], -1);
 	return result || head->strings > 1 ? result : ends[0];

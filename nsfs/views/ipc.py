@@ -39,7 +39,7 @@ def _table(name: str) -> Attribute:
         if face.viewpoint.parent is None:
             return text
         # It may have 32,768 rows, and the PIDs of each are looked up.
-        return await in_thread(lambda: translated(face, text), PROC)
+        return await in_thread(lambda: translated(face, text), PROC, container)
 
     return Attribute(name, show=show)
 

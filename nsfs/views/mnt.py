@@ -28,7 +28,7 @@ async def mounts_show(face: Face) -> bytes:
     """The kernel's own table."""
     container = tag(face, VIEW)
     pid = "self" if container.parent is None else container.init_pid
-    return await in_thread(lambda: _read(f"/proc/{pid}/mounts"), PROC)
+    return await in_thread(lambda: _read(f"/proc/{pid}/mounts"), PROC, container)
 
 
 def _read(path: str) -> bytes:

@@ -32,7 +32,7 @@ async def tree_show(face: Face) -> str:
     below = [each for each in container.descendants() if each.alive()]
     pids.update(each.init_pid for each in (container, *below) if each.init_pid)
     depth = members.level(face.viewpoint)
-    return await in_thread(lambda: _drawn(pids, depth), PROC)
+    return await in_thread(lambda: _drawn(pids, depth), PROC, container)
 
 
 def _drawn(pids: Iterable[int], depth: int) -> str:

@@ -122,7 +122,7 @@ class Users(Contents):
         pids = list(members.host_pids(container))
         if container.parent is not None:
             pids.append(container.init_pid)
-        found = await in_thread(lambda: list(_usage(pids)), PROC)
+        found = await in_thread(lambda: list(_usage(pids)), PROC, container)
         result: dict[int, tuple[int, int]] = {}
         for uid, usec in found:
             inside = idmap.to_inside(container.map, uid)
