@@ -1678,32 +1678,62 @@ static int enter_mounts(pid_t pid)
 	return result;
 }
 
-/* What one file of somebody's mount namespace can be mounted on, made if need be. */
-static int open_bind_target(const char *path, bool directory)
+/* The host's ID of the root in a process's user namespace, by its uid_map or gid_map; NOBODY when it has none. */
+static uint32_t root_inside(pid_t pid, const char *map)
 {
-	struct stat st;
+	uint32_t inside, outside, found = NOBODY;
+	char path[64], line[64];
+	FILE *file;
+	int fd;
+
+	if (!pid)
+		return 0;
+	snprintf(path, sizeof(path), "%d/%s", (int)pid, map);
+	fd = openat(proc_fd, path, O_RDONLY | O_CLOEXEC);
+	file = fd < 0 ? NULL : fdopen(fd, "r");
+	if (!file) {
+		if (fd >= 0)
+			close(fd);
+		return NOBODY;
+	}
+	while (found == NOBODY && fgets(line, sizeof(line), file))
+		if (sscanf(line, "%u %u", &inside, &outside) == 2 && !inside)
+			found = outside;
+	fclose(file);
+	return found;
+}
+
+/* What one file of somebody's mount namespace can be mounted on, made if need be: as that one's root, who says where
+ * symbolic links lead, and without capabilities over files; and a filesystem that was mounted in a user namespace cannot
+ * store the host's IDs. */
+static int open_bind_target(pid_t pid, const char *path, bool directory)
+{
+	const uint32_t uid = root_inside(pid, "uid_map"), gid = root_inside(pid, "gid_map");
 	int fd;
 
 	step = STEP_PATH;
-	/* A filesystem that was mounted in a user namespace cannot store the host's IDs. */
-	if (!stat("/dev", &st)) {
-		setfsgid(st.st_gid);
-		setfsuid(st.st_uid);
-	}
+	fd = open_in_root(AT_FDCWD, path, O_PATH);
+	if (fd != -ENOENT)
+		return fd;
+	/* With SECBIT_NO_SETUID_FIXUP they would stay. */
+	if (prctl(PR_SET_SECUREBITS, 0, 0, 0, 0))
+		return -errno;
+	setfsgid(gid);
+	setfsuid(uid);
 	fd = open_target(AT_FDCWD, path, directory);
 	setfsuid(0);
 	setfsgid(0);
 	return fd;
 }
 
-static int attach_at(int tree_fd, const char *path)
+static int attach_at(pid_t pid, int tree_fd, const char *path)
 {
 	struct stat st;
 	int fd;
 
 	if (fstat(tree_fd, &st))
 		return -errno;
-	fd = open_bind_target(path, S_ISDIR(st.st_mode));
+	fd = open_bind_target(pid, path, S_ISDIR(st.st_mode));
 	if (fd < 0)
 		return fd;
 	step = STEP_BIND;
@@ -1758,7 +1788,7 @@ static int bind_locked(pid_t pid, int tree_fd, const char *path)
 		return result ? result : locked_fd;
 	if ((result = confine(locked_fd, request.head.flags)))
 		return result;
-	return attach_at(locked_fd, path);
+	return attach_at(pid, locked_fd, path);
 }
 
 /*
@@ -1907,7 +1937,7 @@ static int show_faces(pid_t pid)
 		step = STEP_FACE;
 		/* EINVAL: its root has unmounted it. */
 		result = detach(targets[i]);
-		result = result && result != -EINVAL ? result : attach_at(fds[i], targets[i]);
+		result = result && result != -EINVAL ? result : attach_at(pid, fds[i], targets[i]);
 	}
 	return result;
 }
@@ -1970,7 +2000,7 @@ static int act(void)
 			return fd;
 		if ((result = enter_mounts(head->target_pid)))
 			return result;
-		result = attach_at(fd, request.strings[1]);
+		result = attach_at(head->target_pid, fd, request.strings[1]);
 		close(fd);
 		return result;
 	}
@@ -1985,7 +2015,7 @@ static int act(void)
 								     request.strings[0]);
 		}
 		result = enter_mounts(head->pid);
-		return result ? result : attach_at(request.fds[0], request.strings[0]);
+		return result ? result : attach_at(head->pid, request.fds[0], request.strings[0]);
 	case OP_SHOW:
 		return show_faces(head->pid);
 	case OP_UNBIND:

@@ -64,6 +64,23 @@ def test_a_bind_that_fails_changes_nothing(web: Container, data: Path) -> None:
         assert web.run_code("touch /srv/data/x")[0] == 1
 
 
+def test_what_a_bind_is_mounted_on_is_made_with_the_rights_of_the_members(
+    web: Container, data: Path
+) -> None:
+    """Whose /dev is there says nothing of whose rights these are."""
+    os.mkdir(data / "hosts")
+    web.write("binds", f"/srv {data}/hosts rw")
+    web.run("mount --bind /srv /dev")
+    for target in ("/dev/made", "/srv/made/in"):
+        with fails(errno.EACCES):
+            web.write("binds", f"/srv {data}/hosts rw\n{target} {data} ro")
+    assert os.listdir(data / "hosts") == []
+    web.write("binds", f"/srv {data}/hosts rw\n/mnt/made/in {data} ro")
+    assert web.run("ls /mnt/made/in") == web.run("ls -d /mnt/made/in/*").replace(
+        "/mnt/made/in/", ""
+    )
+
+
 def test_binds_of_a_container_that_shares_its_mounts(web: Container, data: Path) -> None:
     web.write("unshare", "net uts syslog")
     with fails(errno.EOPNOTSUPP):
