@@ -13,7 +13,8 @@ forgotten.
 
 Callers' memory is written by nsfs-uaccess (csrc/uaccess.c), since a page fault there may take as
 long as somebody likes, and at most one such process waits for each container.  The others' calls
-are not held up by that: who has once made it wait shares a slow `Lane` with his like.
+are not held up by that: each container at the top has a `Lane` of its own, for all that is nested
+in it, and another one for those in it who have once made the first wait.
 
 A process that has entered in part, with `syslog`, has a filter of its own, and its session program
 keeps the listener.
@@ -36,6 +37,7 @@ import time
 import trio
 
 from nsfs import leaf, namespaces
+from nsfs.accounts import top_of
 from nsfs.container import Container
 from nsfs.logstream import (
     SYSLOG_ACTION_CLEAR,
@@ -109,7 +111,8 @@ class Syslog:
         self._bell = trio.Event()
         self._restrict_fd = _open_setting("/proc/sys/kernel/dmesg_restrict")
         self._time_fd = _open_setting("/sys/module/printk/parameters/time")
-        self._prompt, self._patient = Lane(self, PROMPT_S), Lane(self, PATIENT_S)
+        self._lanes: dict[tuple[int, bool], Lane] = {}
+        """By the number of the container at the top, and whether it is for those called slow."""
         self._left = self._take_up()
         self._resuming = True
         world.started.append(self._started)
@@ -219,8 +222,6 @@ class Syslog:
         self._left = {}
         self._resuming = False
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._prompt.run)
-            nursery.start_soon(self._patient.run)
             nursery.start_soon(self._wake)
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
@@ -320,7 +321,20 @@ class Syslog:
     def _join(self, listener: Listener) -> None:
         if listener.lane is None and not listener.stuck and len(listener.calls):
             slow = listener.slow_until > time.monotonic()
-            (self._patient if slow else self._prompt).join(listener)
+            self._lane(top_of(listener.container), slow).join(listener)
+
+    def _lane(self, top: int, slow: bool) -> Lane:
+        found = self._lanes.get((top, slow))
+        if found is None:
+            found = self._lanes[top, slow] = Lane(self, PATIENT_S if slow else PROMPT_S)
+            self.world.start(self._run, found, top, slow)
+        return found
+
+    async def _run(self, lane: Lane, top: int, slow: bool) -> None:
+        try:
+            await lane.run()
+        finally:
+            del self._lanes[top, slow]
 
     def prepare(self, listener: Listener, call: Call) -> Gift | None:
         """What a call whose turn has come is to be given; None when there is nothing to give."""
@@ -399,7 +413,7 @@ class Syslog:
         listener.stuck = False
         if result is not None:
             self.finished(gift, result)
-        elif lane is self._prompt:
+        elif lane.patience_s == PROMPT_S:
             listener.slow_until = time.monotonic() + SLOW_S
             self._undo(gift)
             listener.calls.add_first(listener, gift.call)

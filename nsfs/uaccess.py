@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _REQUEST = struct.Struct("=QQqII")
 _REPLY = struct.Struct("=i")
 _SOCKET_FD, _DATA_FD = 3, 4
+IDLE_S = 10.0
+"""How long a lane has a process without anything to do."""
 
 
 class Call(NamedTuple):
@@ -215,13 +217,15 @@ class Lane:
         self._begun.set()
 
     async def run(self) -> None:
-        """See what becomes of them; for ever."""
+        """See what becomes of them, until there has been nothing to do for a while."""
         try:
             while True:
                 if self._current is None:
                     self._begun = trio.Event()
-                    await self._begun.wait()
-                assert self._current is not None
+                    with trio.move_on_after(IDLE_S):
+                        await self._begun.wait()
+                if self._current is None:
+                    return
                 if self._writer is None:
                     await self._give_up()
                     continue
@@ -234,7 +238,8 @@ class Lane:
                     self._done(self._current, result)
         finally:
             if self._writer is not None:
-                self._writer.close()
+                self._syslog.bury(self._writer)
+                self._writer = None
 
     def _done(self, gift: Gift, error: int) -> None:
         self._current = None

@@ -684,6 +684,18 @@ def test_memory_that_does_not_come(
     assert python(web, "print(native(3, buf, 4096))") == [str(size("text"))]
 
 
+def test_who_waits_for_whom(tree: Path, instance: Instance) -> None:
+    """Nobody waits for memory of a container that is not in the same one at the top."""
+    wait_until(lambda: not writers(instance), "those of earlier tests have ended")
+    for name in ("web", "other", "other/db"):
+        (tree / name).mkdir()
+        write(tree / name / "kmsg", "text")
+    for name, count in (("web", 1), ("other", 2), ("other/db", 2)):
+        found = python(Container(tree / name), "print(native(3, buf, 4096))")
+        assert found == [str(size("text"))]
+        assert len(writers(instance)) == count
+
+
 def test_memory_that_does_not_come_of_a_container_that_goes(
     web: Container, instance: Instance, held: tuple[Path, Callable[[], None]]
 ) -> None:
