@@ -37,7 +37,7 @@ import time
 import trio
 
 from nsfs import leaf, namespaces
-from nsfs.accounts import top_of
+from nsfs.accounts import Account, Bound, top_of
 from nsfs.container import Container
 from nsfs.logstream import (
     SYSLOG_ACTION_CLEAR,
@@ -60,6 +60,9 @@ READERS_MAX = 256
 """Calls that wait for records of one log; further ones fail with EAGAIN."""
 CALLS_MAX = 1024
 """Calls of one container that wait for their turn to be answered; the same."""
+RECORDS_MAX = 2048
+"""Of both, those in one container at the top that the next daemon is told of; without that none
+waits for records."""
 AT_ONCE = 32
 """Calls received, each of another container, before others' requests have their turn."""
 PROMPT_S = 0.25
@@ -104,6 +107,9 @@ class Syslog:
         notif = memoryview(self._landing)[_NOTIF_AT : _NOTIF_AT + _NOTIF.size]
         self._notifications = Notifications(notif)
         self._slots = Slots(os.path.join(directory, "syslog"))
+        self._records = Bound(RECORDS_MAX, errno.EAGAIN, "syslog")
+        self._whose: dict[int, Account] = {}
+        """On whose account the record of a call is."""
         self._waiting: dict[Log, Waiting] = {}
         self._reading: set[Log] = set()
         """Of which records are on their way to a caller."""
@@ -132,6 +138,23 @@ class Syslog:
             call = Call(ident, packed & 0xFFFFFFFF, _int(packed >> 32), _int(length), address)
             left.setdefault(number, []).append(call)
         return left
+
+    def _record_of(self, listener: Listener, call: Call) -> bool:
+        """Record a call that waits; False when there is no place, for those of its account."""
+        if call.ident not in self._whose:
+            account = Account(top_of(listener.container))
+            try:
+                self._records.take(account)
+            except OSError:
+                return False
+            self._whose[call.ident] = account
+        return self._record(listener.key, call)
+
+    def _forget_record(self, ident: int) -> None:
+        self._slots.drop(ident)
+        account = self._whose.pop(ident, None)
+        if account is not None:
+            self._records.give_back(account)
 
     def _record(self, key: int, call: Call) -> bool:
         packed = call.tid | (call.action & 0xFFFFFFFF) << 32
@@ -186,7 +209,7 @@ class Syslog:
             if listener.is_valid(call):
                 self._serve(listener, call)
             else:
-                self._slots.drop(call.ident)
+                self._forget_record(call.ident)
 
     def _ended(self, container: Container) -> None:
         for listener in list(self._of.get(container.number, ())):
@@ -210,7 +233,7 @@ class Syslog:
 
     def _drop(self, gone: list[Call]) -> None:
         for call in gone:
-            self._slots.drop(call.ident)
+            self._forget_record(call.ident)
 
     # --- tasks ---
 
@@ -296,11 +319,11 @@ class Syslog:
     def _answer(self, listener: Listener, call: Call, value: int, error: int = 0) -> None:
         if listener.fd >= 0:
             Notifications.answer(listener.fd, call.ident, value, error)
-        self._slots.drop(call.ident)
+        self._forget_record(call.ident)
 
     def _keep(self, waiting: Waiting, most: int, listener: Listener, call: Call) -> bool:
         """Record a call and let it wait there; False: it was refused."""
-        recorded = self._record(listener.key, call)
+        recorded = self._record_of(listener, call)
         if len(waiting) >= most:
             self._drop(waiting.sweep())
         # One whose turn comes soon may go without record: should we die before that, it waits until
@@ -341,7 +364,7 @@ class Syslog:
         owner = listener.container.log
         is_read = call.action == SYSLOG_ACTION_READ
         if not listener.is_valid(call):
-            self._slots.drop(call.ident)
+            self._forget_record(call.ident)
             if is_read:
                 # Another may have been waiting behind it.
                 self._ring(owner)
@@ -371,7 +394,7 @@ class Syslog:
     def finished(self, gift: Gift, error: int) -> None:
         """A call was answered, by us or by nsfs-uaccess, with an error or not; ENOENT: it was
         not."""
-        self._slots.drop(gift.call.ident)
+        self._forget_record(gift.call.ident)
         ring = gift.log.ring
         if gift.call.action == SYSLOG_ACTION_READ:
             self._reading.discard(gift.log)
@@ -392,7 +415,7 @@ class Syslog:
             while len(waiting):
                 listener, call = waiting.take()
                 if not listener.is_valid(call):
-                    self._slots.drop(call.ident)
+                    self._forget_record(call.ident)
                 elif self._queue(listener, call):
                     break
         if len(waiting):

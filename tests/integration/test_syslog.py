@@ -464,6 +464,33 @@ for _ in range(266):
     assert python(web, "print(native(9), native(10))") == ["0 261632"]
 
 
+def test_all_that_wait_in_one_container_at_the_top(web: Container, tree: Path) -> None:
+    """They have a part of the places that there are for all."""
+    code = """
+threading.stack_size(65536)
+def read():
+    print('got', native(2, buf, 200), flush=True)
+for _ in range(250):
+    threading.Thread(target=read).start()
+"""
+    nested = [Container(web / f"n{number}") for number in range(9)]
+    for each in nested:
+        os.mkdir(each.path)
+        start(each, code)
+    wait_until(
+        lambda: sum(each.read("output").count("got EAGAIN\n") for each in nested) == 9 * 250 - 2048,
+        "all but 2048 are refused",
+    )
+    (tree / "other").mkdir()
+    other = Container(tree / "other")
+    start(other, "print('got', native(2, buf, 200), flush=True)")
+    parked(other, 1)
+    write(other / "kmsg", "text")
+    printed(other, f"got {size('text')}\n")
+    subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
+    web.path.mkdir()
+
+
 def test_interrupted_again_and_again(web: Container) -> None:
     """What waits no more is forgotten: the run directory has room for the others."""
     code = """
