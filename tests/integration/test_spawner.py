@@ -236,10 +236,10 @@ def starter(top: Path, host: str) -> tuple[Path, Path]:
     script = NO_OPEN_TREE_ATTR
     if host == "on overlayfs":
         subprocess.run(["mount", "-t", "tmpfs", "none", top / "layers"], check=True)
-        for name in ("upper", "work", "root"):
+        for name in ("upper", "made", "root"):
             (top / "layers" / name).mkdir()
         root = top / "layers/root"
-        layers = f"lowerdir=/,upperdir={top}/layers/upper,workdir={top}/layers/work"
+        layers = f"lowerdir=/,upperdir={top}/layers/upper,workdir={top}/layers/made"
         subprocess.run(["mount", "-t", "overlay", "-o", layers, "none", root], check=True)
         script = ON_OVERLAYFS.format(root=root, libexec=LIBEXEC)
     libexec.mkdir()
