@@ -465,7 +465,7 @@ class World:
             with contextlib.suppress(FileNotFoundError):
                 watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
                 container.watches.append(watch)
-                self._watched[watch] = functools.partial(self.look_at, container)
+                self._watched[watch] = functools.partial(self._changed_in, container)
         self.notices.started(container)
         for tell in self.started:
             tell(container)
@@ -549,6 +549,14 @@ class World:
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:
             container.seen = seen
+            container.tell()
+
+    def _changed_in(self, container: Container) -> None:
+        """The kernel tells that something has changed, perhaps to and fro since the last look: who
+        has read what it was in between is waiting to be told, too."""
+        version = container.changed.version
+        self.look_at(container)
+        if container.changed.version == version:
             container.tell()
 
     def start(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:

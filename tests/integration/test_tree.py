@@ -283,6 +283,23 @@ def test_state_can_be_polled(web: Container) -> None:
         os.close(fd)
 
 
+def test_a_change_and_back_is_told_to_who_read_in_between(web: Container) -> None:
+    """The kernel tells of changes at most each 10 ms, of several at once."""
+    fd = os.open(web / "state", os.O_RDONLY)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLPRI)
+        seen = 0
+        for _ in range(200):
+            web.write("exec", "sleep 0.004")
+            while b"populated 1" in os.pread(fd, 4096, 0):
+                seen += 1
+                assert poll.poll(5_000), "nobody is told that it has ended"
+        assert seen
+    finally:
+        os.close(fd)
+
+
 def test_rmdir_of_what_is_idle_busy_or_nested(web: Container, instance: Instance) -> None:
     os.mkdir(web / "db")
     refused(errno.ENOTEMPTY, os.rmdir, web.path)
