@@ -26,7 +26,13 @@ from tests.integration.conftest import DEADLINE_S, Container, Instance, serving,
 
 NAMES = ("a", "b", "c")
 MODES = (0o755, 0o700, 0o555, 0o711)
-UNSHARES = ("mnt pid user uts", "ipc mnt net pid user uts", "mnt pid time user uts")
+# All with a cgroup namespace: where cgroups are mounted with `nsdelegate` a nested container has to
+# have its own.
+UNSHARES = (
+    "cgroup mnt pid user uts",
+    "cgroup ipc mnt net pid user uts",
+    "cgroup mnt pid time user uts",
+)
 LIMITS = ("pids.max 100", "pids.max 4096", "pids.max max")
 ALL = "cgroup ipc mnt net pid syslog time user uts"
 
