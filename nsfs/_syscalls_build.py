@@ -37,6 +37,8 @@ ffi.cdef(
     int nsfs_effective(int pid, unsigned int *capabilities);
     void nsfs_keep_answer(unsigned long long unique, int pid, int dir_fd, const char *path);
     void nsfs_forget_answers(void);
+    int nsfs_namespaces(int pid, unsigned int *numbers);
+    static const unsigned long NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID;
     """
 )
 
@@ -49,10 +51,12 @@ ffi.set_source(
     #include <errno.h>
     #include <fcntl.h>
     #include <linux/capability.h>
+    #include <linux/nsfs.h>
     #include <linux/openat2.h>
     #include <linux/seccomp.h>
     #include <sched.h>
     #include <signal.h>
+    #include <stdio.h>
     #include <string.h>
     #include <sys/inotify.h>
     #include <sys/ioctl.h>
@@ -160,6 +164,36 @@ ffi.set_source(
         int result = nsfs_result(syscall(SYS_capget, &header, data));
         capabilities[0] = data[0].effective;
         capabilities[1] = data[1].effective;
+        return result;
+    }
+
+    /* The types in the order of nsfs/namespaces.py.  The links are read, not followed: to follow
+       one makes an inode of the kernel's nsfs. */
+    static int nsfs_namespaces(int pid, unsigned int *numbers)
+    {
+        static const char *const types[8] =
+            { "user", "cgroup", "ipc", "mnt", "net", "pid", "time", "uts" };
+        char text[64];
+        const char *number;
+        int fd, i, result = 0;
+        ssize_t length;
+
+        snprintf(text, sizeof text, "/proc/%d/ns", pid);
+        fd = nsfs_result(open(text, O_PATH | O_DIRECTORY | O_CLOEXEC));
+        if (fd < 0)
+            return fd;
+        for (i = 0; i < 8 && !result; i++) {
+            length = readlinkat(fd, types[i], text, sizeof text - 1);
+            if (length < 0) {
+                result = -errno;
+                break;
+            }
+            text[length] = 0;
+            number = strchr(text, '[');
+            if (!number || sscanf(number, "[%u]", &numbers[i]) != 1)
+                result = -EINVAL;
+        }
+        close(fd);
         return result;
     }
     """,

@@ -68,11 +68,14 @@ class Flags(enum.Flag):
     """The parent's to change: the inner face shows it read-only."""
     HIDDEN = enum.auto()
     """Neither listed nor found by name: nsfs binds it somewhere else."""
+    FOUND = enum.auto()
+    """Containers that nsfs found have it, too; what is PARENTS is read-only there."""
 
 
 NOT_ON_ROOT = Flags.NOT_ON_ROOT
 PARENTS = Flags.PARENTS
 HIDDEN = Flags.HIDDEN
+FOUND = Flags.FOUND
 
 
 class Caller(NamedTuple):

@@ -15,13 +15,13 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trio import Event, Lock
 from trio.lowlevel import ParkingLot
 
 from nsfs import cgroup, idmap, namespaces
-from nsfs.attribute import NOT_ON_ROOT, PARENTS, Entry, Watchers, one_line
+from nsfs.attribute import FOUND, NOT_ON_ROOT, PARENTS, Entry, TagType, Watchers, one_line
 from nsfs.build import BUILD, BUILD_FIELDS, NO_CONSOLE, ORIGINS, Build, Console, LogLimits, Origin
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group
@@ -72,6 +72,8 @@ class Face:
 
     def has(self, entry: Entry) -> bool:
         """Whether the entry makes sense here."""
+        if self.container.is_found:
+            return FOUND in entry.flags
         return NOT_ON_ROOT not in entry.flags or self.container.parent is not None
 
     def owner(self, entry: Entry | None, number: int = 0) -> tuple[int, int]:
@@ -104,9 +106,13 @@ class Face:
         """st_mode of an entry, which has that number."""
         override = None if self.inner else self.container.overrides.get(number)
         mode = entry.mode
+        if self.container.is_found and isinstance(entry, TagType):
+            # The kernel lets nobody else join the namespaces to look.
+            mode &= ~0o077
         if override is not None and override[0] >= 0:
             mode = stat.S_IFMT(mode) | override[0]
-        if self.inner and PARENTS in entry.flags and not stat.S_ISDIR(mode):
+        fixed = self.inner or self.container.is_found
+        if fixed and PARENTS in entry.flags and not stat.S_ISDIR(mode):
             mode &= ~0o222
         return mode
 
@@ -140,6 +146,8 @@ def _set_event() -> Event:
 class Container:
     """One container; the root container, which is the host, has no parent."""
 
+    is_found: ClassVar[bool] = False
+    """Whether nsfs did not make it (see `found`)."""
     world: World
     number: int
     name: str
@@ -179,6 +187,8 @@ class Container:
     log_limits: LogLimits | None = None
     """None: what the configuration says."""
     children: dict[str, Container] = field(default_factory=dict)
+    found: dict[str, Container] = field(default_factory=dict)
+    """Namespaces that were made in it, and not by nsfs, by their names."""
     faces: dict[int, int] = field(default_factory=dict)
     """Viewpoint's number to face's number."""
     seen: tuple[int, int, Phase] = (0, 0, Phase.RUNNING)

@@ -33,6 +33,7 @@ from nsfs import cgroup1, config, console, graft, leaf, lifecycle
 from nsfs.attribute import Entry, TagType
 from nsfs.cgroup import Hierarchies
 from nsfs.container import ROOT, reserved
+from nsfs.discovery import Discovery
 from nsfs.fs import Operations
 from nsfs.instance import Instance
 from nsfs.kernlog import Router
@@ -101,12 +102,14 @@ class Control:
         features: frozenset[str],
         router: Router,
         spares: Spares,
+        discovery: Discovery,
     ) -> None:
         self.world = world
         self.args = args
         self.features = features
         self.router = router
         self.spares = spares
+        self.discovery = discovery
         self.end = trio.Event()
 
     @contextlib.contextmanager
@@ -162,6 +165,7 @@ class Control:
                 "shared_cgroup": not hierarchies.delegates,
             },
             "kernel_lines": self.router.status(),
+            "discovery": self.discovery.status(),
         }
 
 
@@ -191,13 +195,15 @@ async def run(args: argparse.Namespace, device: Device, supervisor: Supervisor) 
         router = Router(world)
         syslog = Syslog(world)
         spares = Spares(world)
-        control = Control(world, args, await spawner.features(), router, spares)
+        discovery = Discovery(world)
+        control = Control(world, args, await spawner.features(), router, spares, discovery)
         listener = stack.enter_context(control.listening())
         async with trio.open_nursery() as nursery:
             world.nursery = nursery
             await lifecycle.resume(world)
             leaf.resume(world)
             console.resume(world)
+            await discovery.begin()
             nursery.start_soon(_serve, operations)
             nursery.start_soon(_need, spawner)
             nursery.start_soon(_pass_interrupts, operations, device)
@@ -208,6 +214,7 @@ async def run(args: argparse.Namespace, device: Device, supervisor: Supervisor) 
             nursery.start_soon(syslog.run)
             nursery.start_soon(world.housekeeping)
             nursery.start_soon(spares.run)
+            nursery.start_soon(discovery.run)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_wait_for_signal, control.end)
             nursery.start_soon(_watch_supervisor, supervisor, args.run_dir)
@@ -281,6 +288,8 @@ async def _end_all(world: World) -> None:
     if len(world.containers) > 1:
         log.error("%d containers have processes that do not end", len(world.containers) - 1)
     world.root.group.remove()
+    for found in list(world.found.values()):
+        world.lose(found)
     # The next instance begins as its configuration says.
     world.store.drop(ROOT)
 

@@ -75,10 +75,12 @@ def parse_types(text: str) -> frozenset[str]:
 
 
 def check_open(container: Container) -> None:
-    """Whether anybody can enter now: EPERM for the host, ENODEV for a dead container, EBUSY for a
-    frozen one."""
+    """Whether anybody can enter now: EPERM for the host, EOPNOTSUPP for a found container, ENODEV
+    for a dead one, EBUSY for a frozen one."""
     if container.parent is None:
         raise PermissionError(errno.EPERM, "everybody is in the root container", "")
+    if container.is_found:
+        raise OSError(errno.EOPNOTSUPP, "it has no init of nsfs: nsenter(1) by nsproxy/", "")
     container.check_alive()
     # Not `frozen` of cgroup.events: that comes when the last process has stopped.
     frozen = any(each.group.frozen_by_itself() for each in container.lineage() if each.parent)

@@ -40,6 +40,7 @@ from nsfs.attribute import (
 from nsfs.authority import check_mode, check_seen_once, mounts_of
 from nsfs.container import Container, Face, Phase
 from nsfs.entry import ENTER_ATTRIBUTE, enter_program, revoke
+from nsfs.found import Found
 from nsfs.nodes import Nodes
 from nsfs.openfile import Listing, check_writable, open_file, reopen
 from nsfs.rebuild import give
@@ -258,6 +259,9 @@ class Operations(pyfuse3.Operations):
             if view is not None and entry is not view and not deep:
                 # Looked up each time, so that it is gone as soon as its namespace is, or it itself.
                 attr.entry_timeout = 0
+        if container.is_found:
+            # Nothing tells of its end.
+            attr.entry_timeout = attr.attr_timeout = 0
         attr.st_mode = pyfuse3.ModeT(mode)
         attr.st_nlink = 1
         attr.st_uid, attr.st_gid = uid, gid
@@ -313,6 +317,9 @@ class Operations(pyfuse3.Operations):
         view = self.tables.view(node)
         if view is None or node.entry is view or len(node.path) > 2:
             return
+        if node.face.container.is_found:
+            # Its processes may leave it and live on.
+            return
         pid = life(tag(node.face, view))
         needed = (-1, "") if node.contents is None else node.contents.depends_on(node.path[1:])
         if pid is not None and needed is not None:
@@ -348,7 +355,8 @@ class Operations(pyfuse3.Operations):
     async def _change_owner(self, node: Node, attr: Any, fields: Any) -> None:
         face, container = node.face, node.face.container
         number = node.ino & NUMBER_MASK
-        if face.inner or number >= KEYED or node.entry is self.nodes.faces:
+        fixed = face.inner or container.is_found
+        if fixed or number >= KEYED or node.entry is self.nodes.faces:
             raise PermissionError(errno.EPERM, "its owner is not to be changed", node.entry.name)
         # What is no permission (set-user-ID, sticky) means nothing here.
         mode = attr.st_mode & 0o777 if fields.update_mode else -1
@@ -457,9 +465,9 @@ class Operations(pyfuse3.Operations):
                 with self._changing(parent, text, _caller(ctx)):
                     await parent.entry.make(parent.face, text, _caller(ctx))
             return self.attributes(await self.nodes.find(parent, text, _caller(ctx)))
-        if parent.entry is not self.tables.root:
+        if parent.entry is not self.tables.root or parent.face.container.is_found:
             raise PermissionError(
-                errno.EPERM, "containers are made in containers", parent.entry.name
+                errno.EPERM, "containers are made in containers that nsfs made", parent.entry.name
             )
         if self.tables.reserved(text):
             raise OSError(errno.EEXIST, "the name is taken", text)
@@ -517,8 +525,10 @@ class Operations(pyfuse3.Operations):
             if container.phase is Phase.GONE:
                 raise FileNotFoundError(errno.ENOENT, "no such container", text)
             check_seen_once(mounts, self.world.device_numbers, node.face.viewpoint.number)
+            if isinstance(container, Found):
+                container.check_may_be_killed()
             if self.removal.fully_marked(node, self.processes.of(ctx.pid)):
-                lifecycle.end(container)
+                await lifecycle.end_any(container)
             else:
                 lifecycle.remove_idle(container)
         self.forget_name(parent, container, text)
@@ -576,7 +586,7 @@ class Operations(pyfuse3.Operations):
         replayed = self.replayed()
         source, target = await self.nodes.node(old_parent), await self.nodes.node(new_parent)
         old_name, new_name = os.fsdecode(old), os.fsdecode(new)
-        known = source.face.container.children
+        known = {**source.face.container.children, **source.face.container.found}
         if replayed and old_name not in known and new_name in known:
             # The daemon before this one did it, and did not get to say so.
             return

@@ -119,6 +119,7 @@ class Instance:
         store = Store(self.run_dir)
         for number in store.numbers():
             store.drop(number)
+        store.clear_found()
         self.take_down(directory)
 
     def take_down(self, directory: str) -> None:

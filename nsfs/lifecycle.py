@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import time
+from signal import SIGKILL
 
 import trio
 
@@ -21,6 +22,7 @@ from nsfs.authority import check_number
 from nsfs.build import Build
 from nsfs.construct import begin_running, connect, construct, give_address
 from nsfs.container import Container, Phase, check_name, overflow_hostname, reserved
+from nsfs.found import Found
 from nsfs.grouplimits import lift_io
 from nsfs.limits import find
 from nsfs.rebind import undo_binding
@@ -57,7 +59,7 @@ async def make(
     existing = parent.children.get(name)
     if existing is not None and request and existing.request == request:
         return existing
-    if existing is not None or reserved(name):
+    if existing is not None or name in parent.found or reserved(name):
         raise OSError(errno.EEXIST, "the name is taken", name)
     if parent.dying:
         raise OSError(errno.ENOENT, "the parent is being removed", parent.name)
@@ -105,18 +107,19 @@ def undo(container: Container) -> None:
 
 def rename(parent: Container, old: str, new: str) -> Container:
     """Give a child another name: nothing but the name and its record changes."""
-    each = parent.children.get(old)
+    each = parent.children.get(old) or parent.found.get(old)
     if each is None or each.phase is Phase.MAKING:
         raise FileNotFoundError(errno.ENOENT, "no such container", old)
     check_name(new)
     if new == old:
         return each
-    if new in parent.children or reserved(new):
+    if new in parent.children or new in parent.found or reserved(new):
         raise OSError(errno.EEXIST, "the name is taken", new)
     each.name = new
     each.save()
-    del parent.children[old]
-    parent.children[new] = each
+    names = parent.found if isinstance(each, Found) else parent.children
+    del names[old]
+    names[new] = each
     parent.tell()
     return each
 
@@ -124,10 +127,34 @@ def rename(parent: Container, old: str, new: str) -> Container:
 def remove_idle(container: Container) -> None:
     """rmdir(2) of a container.  ENOTEMPTY when there are others in it, EBUSY when it has
     members."""
+    if container.is_found:
+        raise OSError(errno.EBUSY, "it has members", container.name)
     if container.children:
         raise OSError(errno.ENOTEMPTY, "containers are nested in it", container.name)
     container.check_idle()
     end(container)
+
+
+async def end_any(container: Container) -> None:
+    """The same of a found one, whose processes nothing stops from forking but their death: until
+    the last one has gone they are killed again in the background, for a while."""
+    if not isinstance(container, Found):
+        end(container)
+        return
+    await container.world.look(0.0)
+    container.send(SIGKILL)
+    parent = container.parent
+    assert parent is not None
+    container.world.remove_found(container)
+    container.world.start(_finish_found, container)
+    parent.tell()
+
+
+async def _finish_found(found: Found) -> None:
+    """What is left of it after that is found again."""
+    with contextlib.suppress(OSError):
+        await found.signal(SIGKILL)
+    found.world.lose(found)
 
 
 def end(container: Container) -> None:
@@ -156,6 +183,8 @@ def _detach(container: Container) -> None:
         each.phase = Phase.GONE
         each.world.unwatch(each)
     for each in gone:
+        for found in list(each.found.values()):
+            each.world.lose(found)
         pods.hand_over(each)
         each.world.retire_ends(each)
     with contextlib.suppress(OSError):

@@ -19,6 +19,7 @@ import trio
 from nsfs import cgroup, idmap
 from nsfs.attribute import one_line
 from nsfs.container import Container, Face
+from nsfs.found import Found
 from nsfs.kernfs import read_once
 from nsfs.processes import start_time
 
@@ -43,6 +44,9 @@ def host_pids(container: Container) -> Iterator[int]:
         for name in os.listdir("/proc"):
             if name.isdigit() and int(name) not in inits:
                 yield int(name)
+        return
+    if isinstance(container, Found):
+        yield from container.host_pids()
         return
     yield from container.group.pids()
     for each in container.descendants():
@@ -177,7 +181,9 @@ def host_pid(face: Face, seen: int) -> int:
 
 def container_of(top: Container, pid: int) -> Container | None:
     """The container, `top` or one nested in it, that a process of the host's PID is a member of;
-    None for an init and for a process that is not in `top`."""
+    None for an init and for a process that is not in `top`.  Of a found one, what is found."""
+    if isinstance(top, Found):
+        return top.member(pid)
     try:
         path = cgroup.membership(pid)
     except ProcessLookupError:
@@ -230,6 +236,9 @@ async def describe(face: Face, pid: int) -> list[tuple[str, object]]:
     uid = int(status["Uid"].split()[0])
     inside = idmap.to_inside(face.viewpoint.map, uid)
     home = container_of(face.container, pid) or face.container
+    found = face.world.found_with(pid)
+    if found is not None and face.container in found.lineage():
+        home = found
     return [
         ("container", face.path_to(home)),
         ("user", 65534 if inside is None else _user_name(face, inside)),

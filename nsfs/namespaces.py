@@ -31,16 +31,26 @@ def identity(pid: int | str, kind: str) -> int:
     return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
 
 
+def check(kind: str, fd: int, numbers: tuple[int, ...]) -> None:
+    """ProcessLookupError if a namespace's inode number is not that which `numbers`, in the order
+    of TYPES, has; () is for any."""
+    if numbers and os.fstat(fd).st_ino != numbers[TYPES.index(kind)]:
+        raise ProcessLookupError(errno.ESRCH, "the process has gone elsewhere", kind)
+
+
 def joined_by_exec(pid: int) -> bool:
     """Whether a process is in the time namespace that it made for its children."""
     return identity(pid, "time") == identity(pid, "time_for_children")
 
 
-def within(pid: int, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
+def within(
+    pid: int, kinds: tuple[str, ...], work: Callable[[], T], numbers: tuple[int, ...] = ()
+) -> T:
     """Run `work` in a process's namespaces of some types; only in a thread of its own.
 
     `kinds` are such as a single thread can join: net, ipc, uts, cgroup.  The thread comes back to
-    its own, whatever happens.  Raises ProcessLookupError when there is no such process.
+    its own, whatever happens.  Raises ProcessLookupError when there is no such process, or when it
+    is in others than those that `numbers` names (their inode numbers, in the order of TYPES).
     """
     with contextlib.ExitStack() as stack:
 
@@ -54,6 +64,8 @@ def within(pid: int, kinds: tuple[str, ...], work: Callable[[], T]) -> T:
             there = [opened(f"/proc/{pid}/ns/{kind}") for kind in kinds]
         except FileNotFoundError as error:
             raise ProcessLookupError(errno.ESRCH, "the process is gone", str(pid)) from error
+        for kind, fd in zip(kinds, there, strict=True):
+            check(kind, fd, numbers)
         try:
             for fd in there:
                 syscalls.setns(fd, 0)

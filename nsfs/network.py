@@ -152,12 +152,16 @@ class Space:
 
 
 @contextlib.contextmanager
-def opened(pid: int | None) -> Iterator[Space]:
-    """A process's network namespace, the host's for None; ENODEV when the process is gone."""
+def opened(pid: int | None, numbers: tuple[int, ...] = ()) -> Iterator[Space]:
+    """A process's network namespace, the host's for None; ENODEV when the process is gone, or not
+    in the namespaces with these inode numbers (see `namespaces.within`)."""
     try:
         fd = os.open(f"/proc/{pid or 'self'}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            rtnl = Rtnetlink() if pid is None else namespaces.within(pid, ("net",), Rtnetlink)
+            namespaces.check("net", fd, numbers)
+            rtnl = (
+                Rtnetlink() if pid is None else namespaces.within(pid, ("net",), Rtnetlink, numbers)
+            )
             with rtnl:
                 yield Space(rtnl, fd)
         finally:

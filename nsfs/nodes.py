@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import trio
 
 from nsfs.attribute import (
+    FOUND,
     HIDDEN,
     Answer,
     Attribute,
@@ -23,6 +24,7 @@ from nsfs.attribute import (
     then,
 )
 from nsfs.container import Container, Face, Phase
+from nsfs.found import Found
 from nsfs.processes import Process, Processes, process_lives
 from nsfs.removal import EMPTY, Removal
 from nsfs.tree import NUMBER_MASK, SHOWN, Names, Node, Paths, Tables, ino
@@ -40,6 +42,8 @@ BELIEVED_S = 1.0
 """For how long: as long as the kernel believes names (`fs.TIMEOUT_S`)."""
 LOOKED_UP_MAX = 1024
 """How much of what views showed is kept at hand."""
+LOOK_AGAIN_S = 0.2
+"""How old what is listed of found containers may be, in seconds."""
 GONE = ".gone"
 """Where names are that somebody removes who has listed them, and that are gone by then."""
 REMEMBERED_MAX = 32
@@ -60,7 +64,7 @@ class Nodes:
     def __init__(self, world: World, entries: tuple[Entry, ...]) -> None:
         self.world = world
         self.faces = Directory(".f", flags=HIDDEN, mode=0o700)
-        root = Directory("", entries=(*entries, self.faces))
+        root = Directory("", entries=(*entries, self.faces), flags=FOUND)
         names = Names(world.store.names(), world.store.add_name)
         self.tables = Tables(root, names)
         self.paths = Paths(world.store.secret())
@@ -82,12 +86,20 @@ class Nodes:
 
     def numbered(self, inode: int) -> Answer[Node]:
         """The same, without waiting where there is nothing to wait for."""
-        face = self.world.face_numbered(inode >> 33)
-        number = inode & NUMBER_MASK
+        return then(self.face(inode >> 33), lambda face: self._numbered(face, inode & NUMBER_MASK))
+
+    def _numbered(self, face: Face, number: int) -> Answer[Node]:
         if number < SHOWN:
             return self.tables.node(face, number)
         known = self.paths.path(face.number, number) or self._search(face, number)
         return then(known, lambda path: self._shown(face, path, number))
+
+    def face(self, number: int) -> Answer[Face]:
+        """The face of a number; FileNotFoundError when what it shows is gone."""
+        face = self.world.face_numbered(number)
+        if isinstance(face.container, Found):
+            return then(face.container.confirmed(), lambda _: face)
+        return face
 
     def to_open(self, inode: int) -> Answer[Node]:
         """The same for open(2), which has just walked the path: what a view showed at a lookup is
@@ -96,6 +108,8 @@ class Nodes:
         known = self._looked_up.get(inode)
         if known is not None and time.monotonic() - known[0] < BELIEVED_S:
             node = known[1]
+            if node.face.container.is_found:
+                return self.numbered(inode)
             view = self.tables.view_called(node.path[0], node.face)
             if self.world.views.opened(node.face, view) is node.contents:
                 return node
@@ -110,8 +124,12 @@ class Nodes:
     def child(self, directory: int, name: str, caller: Caller) -> Answer[Node]:
         """A name in the directory with an inode number; FileNotFoundError when it has none of that
         name."""
-        face = self.world.face_numbered(directory >> 33)
-        number = directory & NUMBER_MASK
+        return then(
+            self.face(directory >> 33),
+            lambda face: self._child(face, directory & NUMBER_MASK, name, caller),
+        )
+
+    def _child(self, face: Face, number: int, name: str, caller: Caller) -> Answer[Node]:
         if number < SHOWN:
             return self._find(self.tables.node(face, number), name, caller)
         # What is in it is not there either when it is not.
@@ -188,6 +206,11 @@ class Nodes:
             child = parent.face.container.children.get(name)
             if child is not None and child.phase not in (Phase.MAKING, Phase.GONE):
                 return self.directory(child, parent.face.viewpoint)
+            found_one = parent.face.container.found.get(name)
+            if isinstance(found_one, Found):
+                if found_one.check():
+                    return self.directory(found_one, parent.face.viewpoint)
+                return self._find_found(found_one, parent, caller)
             if name == ".f" and parent.face.number == 0:
                 return self.tables.of(parent.face, self.faces)
             if self._has_listed(parent, name, caller):
@@ -198,6 +221,16 @@ class Nodes:
             key = self._find_keyed(entry, parent, name, caller)
             return self.tables.of(parent.face, entry.member or entry, key)
         raise FileNotFoundError(errno.ENOENT, "no such file or directory", name)
+
+    async def _find_found(self, found: Found, parent: Node, caller: Caller) -> Node:
+        name = found.name
+        try:
+            await awaited(found.confirmed())
+        except FileNotFoundError:
+            if self._has_listed(parent, name, caller):
+                return await awaited(self._shown(parent.face, (GONE, name)))
+            raise
+        return self.directory(found, parent.face.viewpoint)
 
     def _find_keyed(self, entry: Directory, parent: Node, name: str, caller: Caller) -> int:
         assert entry.find is not None
@@ -247,6 +280,8 @@ class Nodes:
             return []
         if node.path or isinstance(node.entry, TagType):
             return await self._view_rows(node, asking)
+        if node.entry is self.tables.root or node.face.container.is_found:
+            await self.world.look(LOOK_AGAIN_S)
         if node.entry is not self.tables.root and self.removal.files_removed(node.face, asking):
             return []
         return sorted(self._rows(node), key=lambda row: row[0])
@@ -288,6 +323,8 @@ class Nodes:
             for each in sorted(node.face.container.children.values(), key=lambda c: c.number):
                 if each.phase not in (Phase.MAKING, Phase.GONE):
                     yield CHILD_COOKIE + each.number, each.name, self.directory(each, viewpoint)
+            for each in node.face.container.found.values():
+                yield CHILD_COOKIE + each.number, each.name, self.directory(each, viewpoint)
         elif isinstance(entry, Directory) and entry.names is not None and entry.member is not None:
             for name, key in sorted(entry.names(node.face), key=lambda pair: pair[1]):
                 yield CHILD_COOKIE + key, name, self.tables.of(node.face, entry.member, key)

@@ -25,6 +25,7 @@ from nsfs.attribute import (
 )
 from nsfs.authority import check_mode
 from nsfs.container import Container, Phase
+from nsfs.found import Found
 from nsfs.nodes import Nodes, Row
 from nsfs.processes import Process, thread_group
 from nsfs.tree import KEYED, NUMBER_MASK, SELF, SHOWN, Node
@@ -139,6 +140,19 @@ class Value(OpenFile):
             raise self._gone() from error
         return None if contents is self.contents else self._find_again()
 
+    def _confirmed(self) -> Answer[None]:
+        """ENODEV when no process is in a found container any more."""
+        container = self.face.container
+        if not isinstance(container, Found) or container.check():
+            return None
+        return self._confirm(container)
+
+    async def _confirm(self, container: Found) -> None:
+        try:
+            await awaited(container.confirmed())
+        except FileNotFoundError as error:
+            raise self._gone() from error
+
     async def _find_again(self) -> None:
         # The view was closed, having been idle.
         try:
@@ -160,7 +174,8 @@ class Value(OpenFile):
             raise OSError(errno.ENODEV, "the container was removed", self.entry.name)
         if self.watchers is not None:
             self.version = self.watchers.version
-        shown = then(self._look_again(), self._show)
+        there = then(self._confirmed(), lambda _: self._look_again())
+        shown = then(there, self._show)
         return then(shown, lambda whole: self._part(whole, offset, size))
 
     def _part(self, whole: bytes, offset: int, size: int) -> bytes:
@@ -192,6 +207,7 @@ class Value(OpenFile):
             number = self.node.ino & NUMBER_MASK
             check_mode(self.face, self.entry, number, self.caller, os.W_OK)
         with container.telling_why(self.entry.name):
+            await awaited(self._confirmed())
             if self.view is not None:
                 await awaited(self._look_again())
                 check_write(self.face, self.view, self.caller)
@@ -240,7 +256,8 @@ class Listing:
     async def rows_after(self, offset: int, nodes: Nodes) -> list[Row]:
         """What is listed behind an offset: (offset, name, node); nothing of a container that is
         gone.  What the directory has is looked at again for the beginning."""
-        if self.node.face.container.number not in nodes.world.containers:
+        number = self.node.face.container.number
+        if number not in nodes.world.containers and number not in nodes.world.found:
             return []
         looked = not offset or not self.rows
         if looked:
@@ -329,5 +346,6 @@ def check_writable(node: Node) -> None:
     """EACCES inside for what is the parent's to change."""
     # Inside, root has CAP_DAC_OVERRIDE over files that are its own: the mode alone does not
     # stop it.
-    if node.face.inner and PARENTS in node.entry.flags:
+    fixed = node.face.inner or node.face.container.is_found
+    if fixed and PARENTS in node.entry.flags:
         raise PermissionError(errno.EACCES, "it is the parent's to change", node.entry.name)

@@ -7,6 +7,7 @@
     c/ID.sock          its init's listening socket
     c/ID.log           its kernel log (see `logring`); log.new while one gets another size
     c/ID.output        what the commands of its `exec` print
+    found/ID.json      the record of a container that was found
     opens              open files: positions in logs, who opened a control file (see `Slots`)
     ready              the containers that are ready
     syslog             calls of syslog(2) that wait for an answer
@@ -38,7 +39,8 @@ class Store:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        os.makedirs(os.path.join(directory, "c"), mode=0o700, exist_ok=True)
+        for name in ("c", "found"):
+            os.makedirs(os.path.join(directory, name), mode=0o700, exist_ok=True)
         self._next = self._reserved = self._read_number("next", 1)
         self._temporary = self._path("tmp")
         self._marks_fd = -1
@@ -153,6 +155,27 @@ class Store:
         with open(self.record_path(ident), "rb") as file:
             record: dict[str, Any] = json.loads(file.read())
         return record
+
+    def save_found(self, ident: int, record: dict[str, Any]) -> None:
+        """Write the record of a container that was found."""
+        path = self._path(f"found/{ident}.json")
+        self._replace(path, json.dumps(record, separators=(",", ":")).encode())
+
+    def load_found(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every such record, oldest first."""
+        for ident in sorted(int(n[:-5]) for n in os.listdir(self._path("found"))):
+            with open(self._path(f"found/{ident}.json"), "rb") as file:
+                yield ident, json.loads(file.read())
+
+    def clear_found(self) -> None:
+        """Nothing that was found is to be known by the next instance."""
+        for ident, _ in list(self.load_found()):
+            self.drop_found(ident)
+
+    def drop_found(self, ident: int) -> None:
+        """It is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(f"found/{ident}.json"))
 
     def drop(self, ident: int) -> None:
         """A container is gone: its files too, the record last, since it names the others."""

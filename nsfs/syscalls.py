@@ -6,6 +6,7 @@ Documentation/filesystems/mount_api.rst for fsopen(2) and what follows it.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ MS_NOEXEC: int = _lib.MS_NOEXEC
 MNT_DETACH: int = _lib.MNT_DETACH
 IN_MODIFY: int = _lib.IN_MODIFY
 IN_IGNORED: int = _lib.IN_IGNORED
+NS_GET_USERNS: int = _lib.NS_GET_USERNS
+NS_GET_PARENT: int = _lib.NS_GET_PARENT
+NS_GET_OWNER_UID: int = _lib.NS_GET_OWNER_UID
 RESOLVE_IN_ROOT: int = _lib.RESOLVE_IN_ROOT
 
 _INOTIFY_EVENT = struct.Struct("iIII")
@@ -108,6 +112,20 @@ def effective_capabilities(tid: int) -> int:
     if _lib.nsfs_effective(tid, words) < 0:
         return 0
     return int(words[1]) << 32 | int(words[0])
+
+
+def namespace_numbers(pid: int) -> tuple[int, ...]:
+    """The inode numbers of a process's namespaces, in the order of `namespaces.TYPES`.
+
+    ProcessLookupError when it has none any more, as a zombie; PermissionError where ptrace(2)'s
+    access check forbids to look.
+    """
+    words = _ffi.new("unsigned int[8]")
+    error = _lib.nsfs_namespaces(pid, words)
+    if error == -errno.ENOENT:
+        error = -errno.ESRCH
+    _check(error, "readlinkat", f"/proc/{pid}/ns")
+    return tuple(words)
 
 
 class Notifications:

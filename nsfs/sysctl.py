@@ -197,11 +197,18 @@ async def read(container: Container, kinds: tuple[str, ...], where: str) -> byte
 
 async def write(container: Container, kinds: tuple[str, ...], where: str, value: str) -> None:
     """Set a sysctl, as the container's root: so the kernel decides which are its."""
+    if container.is_found and "pid" not in kinds:
+        await inside(container, kinds, lambda: _write(where, value))
+        return
     if container.parent is not None:
         await container.world.spawner.set_sysctl(
             container.init_pid, kinds, where, value, account=top_of(container)
         )
         return
+    _write(where, value)
+
+
+def _write(where: str, value: str) -> None:
     fd = os.open(f"/proc/sys/{where}", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, os.fsencode(value))

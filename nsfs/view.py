@@ -23,6 +23,7 @@ from nsfs.accounts import Turns
 from nsfs.attribute import Answer, Attribute, Caller, Contents, Directory, TagType
 from nsfs.authority import check_namespace
 from nsfs.container import Container, Face, Phase
+from nsfs.found import Found, check_privilege
 from nsfs.syscalls import forget_answers
 
 __all__ = ["Attribute", "Caller", "Contents", "Directory", "Face", "TagType", "Views", "inside"]
@@ -170,6 +171,8 @@ def life(container: Container) -> int | None:
 
 def lives(container: Container) -> bool:
     """Whether its namespaces are still held by its init."""
+    if isinstance(container, Found):
+        return container.lives()
     pid = life(container)
     if not pid:
         return pid is not None
@@ -191,7 +194,9 @@ def check_write(face: Face, view: TagType, caller: Caller) -> None:
     container = tag(face, view)
     if not lives(container):
         raise OSError(errno.ENODEV, "the namespace is dead", view.name)
-    if view.kind in namespaces.ALL and container is not face.container:
+    if isinstance(container, Found):
+        check_privilege(container, face, view.kind, caller)
+    elif view.kind in namespaces.ALL and container is not face.container:
         check_namespace(face, view.kind, caller)
 
 
@@ -205,9 +210,13 @@ async def inside(
     """
     if container.parent is None:
         return await in_thread(work, turns, container)
-    return await in_thread(
-        lambda: namespaces.within(container.init_pid, kinds, work), turns, container
-    )
+    pid, numbers = process_in(container)
+    return await in_thread(lambda: namespaces.within(pid, kinds, work, numbers), turns, container)
+
+
+def process_in(container: Container) -> tuple[int, tuple[int, ...]]:
+    """A process in a container's namespaces, and their inode numbers where it may leave them."""
+    return container.init_pid, container.numbers if isinstance(container, Found) else ()
 
 
 async def in_thread(

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import trio
 
-from nsfs import idmap, loglimits, pods
+from nsfs import idmap, loglimits, namespaces, pods
 from nsfs.attribute import Caller
 from nsfs.build import BUILD_FIELDS, Build, Origin
 from nsfs.bytelog import ByteLog
 from nsfs.cgroup import Group, Hierarchies
 from nsfs.config import Config
 from nsfs.container import ROOT, Container, Face, Phase
+from nsfs.found import Found, numbers_of
 from nsfs.init import Init
 from nsfs.logring import LogRing
 from nsfs.logstream import Log
@@ -108,6 +109,8 @@ class World:
             self._keep_generation(inode, (self._buried.get(inode) or (0,))[0])
         self.marks = Marks(process_lives, store.marks(), store.add_mark)
         self.containers: dict[int, Container] = {}
+        self.found: dict[int, Found] = {}
+        """Those that nsfs did not make."""
         self.stale_ends: dict[tuple[int, int], None] = {}
         """(number of the container whose namespace it is in, index there)."""
         self.faces: dict[int, tuple[int, int]] = {}
@@ -140,6 +143,9 @@ class World:
         """Make the packets of these NFLOG groups lines of a container's log."""
         self.firewall_stat: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         """LOG lines that were printed, whether they are off now, how often they were."""
+        self.look: Callable[[float], Awaitable[None]] = _nothing_to_find
+        """Look what was made elsewhere (`discovery`), unless that was done so many seconds ago at
+        most."""
         self.device_numbers = (0, 0)
         """Of the mount: major and minor."""
         self.changed: Callable[[Container], None] = lambda container: None
@@ -184,18 +190,92 @@ class World:
             container.own_log.echo.close()
         self.ready.drop(container.number)
         self.notices.forget(container)
+        for found in list(container.found.values()):
+            self.lose(found)
         if container.range is not None:
             self.ranges.give_back(container.range)
         if container.address:
             self.addresses.give_back(container.address)
+        self._forget_faces(container)
+        if len(self.containers) == 1:
+            self._empty.unpark_all()
+
+    def _forget_faces(self, container: Container) -> None:
         for viewpoint, number in container.faces.items():
             self.faces.pop(number, None)
             self._faces.pop((viewpoint, container.number), None)
             self.marks.forget(number)
             for inode in self._generations.pop(number, ()):
                 self._buried.drop(inode)
-        if len(self.containers) == 1:
-            self._empty.unpark_all()
+
+    # --- containers that were found ---
+
+    def meet(self, found: Any) -> None:
+        """A found container is there; each who can see it gets a face of it."""
+        assert isinstance(found, Found)
+        assert found.parent is not None
+        for each in found.maker.lineage():
+            if each.number not in found.faces:
+                found.faces[each.number] = self.store.number()
+        self.found[found.number] = found
+        found.parent.found[found.name] = found
+        for viewpoint, number in found.faces.items():
+            self.faces[number] = (viewpoint, found.number)
+        found.save()
+
+    def remove_found(self, found: Found) -> None:
+        """Take it, with what was found in it, out of the tree; its processes may be on their way
+        out."""
+        assert found.parent is not None
+        if found.parent.found.get(found.name) is found:
+            del found.parent.found[found.name]
+        for each in found.nested():
+            each.phase = Phase.GONE
+            self.store.drop_found(each.number)
+            self._forget_faces(each)
+            self.views.ended(each)
+            each.changed.tell()
+
+    def lose(self, found: Container) -> None:
+        """It is not there any more, nor what was found in it."""
+        assert isinstance(found, Found)
+        self.remove_found(found)
+        for each in found.nested():
+            self.found.pop(each.number, None)
+
+    def found_with(self, pid: int) -> Found | None:
+        """The found container that a process is in now, by its namespaces."""
+        if not self.found:
+            return None
+        numbers = numbers_of(pid)
+        each = next((each for each in self.found.values() if each.numbers == numbers), None)
+        return None if each is None or each.phase is Phase.GONE else each
+
+    def who_has(self, found: Found, kind: str) -> Container:
+        """Whose a namespace of a found container is: that of the container around it, or another
+        one's that nsfs made, or else of the oldest found one that is in it."""
+        if not found.own(kind):
+            return found.holder(kind)
+        number = found.number_of(kind)
+        for each in self.containers.values():
+            if each.phase is Phase.RUNNING and each.parent is not None and each.own(kind):
+                with contextlib.suppress(OSError):
+                    if namespaces.identity(each.init_pid, kind) == number:
+                        return each
+        return next(
+            each
+            for each in self.found.values()
+            if each is found or (each.phase is Phase.RUNNING and each.number_of(kind) == number)
+        )
+
+    def load_found(self) -> None:
+        """Take up what the last daemon had found; whether it is still there is to be seen."""
+        for number, record in list(self.store.load_found()):
+            parent = self.containers.get(record["parent"]) or self.found.get(record["parent"])
+            if parent is None or parent.phase is Phase.GONE:
+                self.store.drop_found(number)
+            else:
+                self.meet(Found.from_found(parent, number, record))
 
     # --- ends of pairs of interfaces ---
 
@@ -305,7 +385,8 @@ class World:
             found = self._faces.get(key)
             if found is not None:
                 return found
-            viewpoint, container = self.containers.get(key[0]), self.containers.get(key[1])
+            viewpoint = self.containers.get(key[0])
+            container = self.containers.get(key[1]) or self.found.get(key[1])
             if viewpoint is not None and container is not None:
                 return self.face(viewpoint, container)
         raise FileNotFoundError(errno.ENOENT, "the container is gone", str(number))
@@ -563,6 +644,10 @@ class World:
         """Run something in the background; a defect in it is logged and harms nothing else."""
         assert self.nursery is not None
         self.nursery.start_soon(_guarded, function, *args)
+
+
+async def _nothing_to_find(age_s: float) -> None:
+    """What a world without `discovery` has of it."""
 
 
 async def _guarded(function: Callable[..., Awaitable[None]], *args: Any) -> None:

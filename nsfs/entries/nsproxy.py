@@ -13,8 +13,9 @@ from __future__ import annotations
 import errno
 
 from nsfs import members, namespaces, pods
-from nsfs.attribute import PARENTS, Attribute, Caller, Directory, Link, lines
+from nsfs.attribute import FOUND, PARENTS, Attribute, Caller, Directory, Link, lines
 from nsfs.container import Container, Face
+from nsfs.found import Found
 from nsfs.rebuild import rebuild
 
 
@@ -22,6 +23,8 @@ def namespaces_show(face: Face) -> str:
     """A line for each type, in the order of names."""
     container = face.container
     container.check_alive()
+    if isinstance(container, Found):
+        return _found_show(face, container)
     rows = []
     pid = "self" if container.parent is None else container.init_pid
     for kind in sorted((*namespaces.SORTED, namespaces.SYSLOG)):
@@ -34,6 +37,19 @@ def namespaces_show(face: Face) -> str:
         except FileNotFoundError as error:
             raise OSError(errno.ENODEV, "the container is dead", container.name) from error
         rows.append(f"{kind} {ident} {where}")
+    return lines(rows)
+
+
+def _found_show(face: Face, found: Found) -> str:
+    """The same of a found one, which may be in another's that is none around it."""
+    rows = []
+    for kind in sorted((*namespaces.SORTED, namespaces.SYSLOG)):
+        if kind == namespaces.SYSLOG:
+            ident = found.holder(kind).log_number
+        else:
+            ident = found.number_of(kind)
+        holder = face.world.who_has(found, kind)
+        rows.append(f"{kind} {ident} {'own' if holder is found else _path(face, holder)}")
     return lines(rows)
 
 
@@ -65,8 +81,9 @@ def _target(kind: str) -> Link:
             return f"/proc/self/ns/{kind}"
         container.check_alive()
         depth = members.level(face.viewpoint)
-        if not depth:
-            return f"/proc/{container.init_pid}/ns/{kind}"
+        if not depth or container.is_found:
+            # What was found is not held.
+            return f"/proc/{members.seen_pid(container.init_pid, depth)}/ns/{kind}"
         try:
             pinned: str = await container.world.pin(face, kind)
         except OSError as error:
@@ -77,12 +94,21 @@ def _target(kind: str) -> Link:
             return f"/proc/{members.seen_pid(container.init_pid, depth)}/ns/{kind}"
         return pinned
 
-    return Link(kind, target=target)
+    return Link(kind, target=target, flags=FOUND)
 
 
 FILES = (
-    Directory("nsproxy", entries=tuple(_target(kind) for kind in namespaces.SORTED), mode=0o755),
+    Directory(
+        "nsproxy",
+        entries=tuple(_target(kind) for kind in namespaces.SORTED),
+        mode=0o755,
+        flags=FOUND,
+    ),
     Attribute(
-        "namespaces", show=namespaces_show, store=namespaces_store, flags=PARENTS, lines=True
+        "namespaces",
+        show=namespaces_show,
+        store=namespaces_store,
+        flags=PARENTS | FOUND,
+        lines=True,
     ),
 )

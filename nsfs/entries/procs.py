@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nsfs import entry, leaf, members
-from nsfs.attribute import Attribute, Caller, Directory, flat_keyed
+from nsfs.attribute import FOUND, Attribute, Caller, Directory, flat_keyed
 from nsfs.container import Face
 from nsfs.processes import thread_group
 from nsfs.tree import SELF
@@ -47,7 +47,7 @@ def procs_find(face: Face, name: str, caller: Caller) -> int:
     return int(base)
 
 
-PROCESS = Attribute("PID", show=process_show, mode=0o644)
+PROCESS = Attribute("PID", show=process_show, mode=0o644, flags=FOUND)
 
 FILES = (
     Directory(
@@ -57,5 +57,6 @@ FILES = (
         member=PROCESS,
         link=entry.link,
         mode=0o755,
+        flags=FOUND,
     ),
 )

@@ -20,8 +20,10 @@ import trio
 
 from nsfs import leaf, members, notices
 from nsfs.attribute import (
+    FOUND,
     NOT_ON_ROOT,
     PARENTS,
+    Answer,
     Attribute,
     Caller,
     Watchers,
@@ -30,6 +32,7 @@ from nsfs.attribute import (
     parse_bool,
 )
 from nsfs.container import Container, Face
+from nsfs.found import Found
 
 
 def populated(container: Container) -> bool:
@@ -37,9 +40,24 @@ def populated(container: Container) -> bool:
     return any(each.populated() for each in (container, *container.descendants()))
 
 
-def state_show(face: Face) -> str:
+async def _found_show(face: Face, found: Found) -> str:
+    """What can be said of a container that nsfs did not make."""
+    await face.world.look(0.0)
+    return flat_keyed(
+        (
+            ("populated", int(any(found.host_pids()))),
+            ("procs", members.count(found)),
+            ("containers", sum(1 for _ in found.nested()) - 1),
+            ("reason", found.reason or "-"),
+        )
+    )
+
+
+def state_show(face: Face) -> Answer[str]:
     """Everything as it is now."""
     container = face.container
+    if isinstance(container, Found):
+        return _found_show(face, container)
     top = container.parent is None
     return flat_keyed(
         (
@@ -56,6 +74,8 @@ def state_show(face: Face) -> str:
 def state_watch(face: Face) -> Watchers:
     """Where changes of the state are told."""
     container = face.container
+    if container.is_found:
+        return container.changed
     container.changed.begin = functools.partial(face.world.notices.begin, container)
     return container.changed
 
@@ -94,6 +114,10 @@ async def kill_store(face: Face, value: str, caller: Caller) -> None:
     except KeyError:
         raise invalid(value) from None
     container = face.container
+    if isinstance(container, Found):
+        container.check_may_be_killed()
+        await container.signal(number)
+        return
     container.check_alive()
     async with trio.open_nursery() as nursery:
         for each in (container, *container.descendants()):
@@ -103,7 +127,7 @@ async def kill_store(face: Face, value: str, caller: Caller) -> None:
 
 FILES = (
     Attribute("init", show=init_show),
-    Attribute("state", show=state_show, watch=state_watch),
+    Attribute("state", show=state_show, watch=state_watch, flags=FOUND),
     Attribute("freeze", show=freeze_show, store=freeze_store, flags=NOT_ON_ROOT | PARENTS),
-    Attribute("kill", store=kill_store, flags=NOT_ON_ROOT),
+    Attribute("kill", store=kill_store, flags=NOT_ON_ROOT | FOUND),
 )

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 
 from nsfs import idmap, members
-from nsfs.attribute import Answer, Attribute, Contents, Directory, Entry, TagType
+from nsfs.attribute import FOUND, Answer, Attribute, Contents, Directory, Entry, TagType
 from nsfs.container import Container, Face
 from nsfs.syscalls import new_mount
 from nsfs.sysctl import Sysctls
@@ -41,7 +41,7 @@ def _table(name: str) -> Attribute:
         # It may have 32,768 rows, and the PIDs of each are looked up.
         return await in_thread(lambda: translated(face, text), PROC, container)
 
-    return Attribute(name, show=show)
+    return Attribute(name, show=show, flags=FOUND)
 
 
 def _read(path: str) -> str:
@@ -132,5 +132,7 @@ async def queues(container: Container) -> Queues:
     return Queues(container, await inside(container, KIND, lambda: new_mount("mqueue")))
 
 
-VIEW = TagType("ipc", entries=tuple(map(_table, ("msg", "sem", "shm"))), contents=queues)
+VIEW = TagType(
+    "ipc", entries=tuple(map(_table, ("msg", "sem", "shm"))), contents=queues, flags=FOUND
+)
 FILES = (VIEW,)

@@ -15,7 +15,7 @@ import errno
 import os
 
 from nsfs import members
-from nsfs.attribute import NOT_ON_ROOT, PARENTS, Attribute, Caller, Link, TagType, invalid
+from nsfs.attribute import FOUND, NOT_ON_ROOT, PARENTS, Attribute, Caller, Link, TagType, invalid
 from nsfs.container import Face
 from nsfs.rebuild import rebuild
 from nsfs.view import PROC, in_thread, tag
@@ -71,14 +71,15 @@ async def propagation_store(face: Face, value: str, caller: Caller) -> None:
 VIEW = TagType(
     "mnt",
     entries=(
-        Attribute("mounts", show=mounts_show),
+        Attribute("mounts", show=mounts_show, flags=FOUND),
         Attribute(
             "propagation",
             show=propagation_show,
             store=propagation_store,
             flags=PARENTS | NOT_ON_ROOT,
         ),
-        Link("root", target=root_target),
+        Link("root", target=root_target, flags=FOUND),
     ),
+    flags=FOUND,
 )
 FILES = (VIEW,)

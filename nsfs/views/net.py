@@ -25,9 +25,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 from nsfs import netconf, network
 from nsfs.attribute import (
+    FOUND,
     Answer,
     Attribute,
     Caller,
@@ -43,7 +45,7 @@ from nsfs.container import Container, Face
 from nsfs.rtnetlink import NAME_MAX, Address, Rtnetlink
 from nsfs.syscalls import new_mount
 from nsfs.sysctl import Sysctls
-from nsfs.view import DUMPS, in_thread, inside, tag
+from nsfs.view import DUMPS, in_thread, inside, process_in, tag
 
 SYSCTL = "sysctl"
 ROUTES = "routes"
@@ -351,12 +353,14 @@ def _parent(face: Face, container: Container, caller: Caller) -> Container:
     return parent
 
 
-def _pid(container: Container) -> int | None:
-    return None if container.parent is None else container.init_pid
+def _opened(container: Container) -> AbstractContextManager[network.Space]:
+    if container.parent is None:
+        return network.opened(None)
+    return network.opened(*process_in(container))
 
 
 def _make_vlan(container: Container, name: str, base: str, number: int) -> bool:
-    with network.opened(_pid(container)) as here:
+    with _opened(container) as here:
         try:
             link = here.find(base)
         except FileNotFoundError:
@@ -367,7 +371,7 @@ def _make_vlan(container: Container, name: str, base: str, number: int) -> bool:
 
 
 def _make_pair(container: Container, parent: Container, name: str, stale: set[int]) -> int:
-    with network.opened(_pid(container)) as here, network.opened(_pid(parent)) as there:
+    with _opened(container) as here, _opened(parent) as there:
         return network.make_pair(here, there, name, container.name, stale)[1]
 
 
@@ -375,7 +379,7 @@ async def interface_remove(face: Face, name: str, caller: Caller) -> None:
     """rmdir(2): delete an interface.  EOPNOTSUPP for one that is not made by software, as lo."""
 
     def remove() -> None:
-        with network.opened(_pid(container)) as here:
+        with _opened(container) as here:
             here.rtnl.delete_link(here.find(name).ifindex)
 
     _check_name(name)
@@ -398,11 +402,11 @@ async def interface_rename(
     source, target = tag(face, VIEW), tag(new_face, VIEW)
 
     def rename() -> None:
-        with network.opened(_pid(source)) as here:
+        with _opened(source) as here:
             if source is target:
                 network.rename(here, old, new)
                 return
-            with network.opened(_pid(target)) as there:
+            with _opened(target) as there:
                 network.move(here, there, old, new)
 
     await in_thread(rename)
@@ -410,10 +414,11 @@ async def interface_rename(
 
 VIEW = TagType(
     "net",
-    entries=(Attribute(ROUTES, show=routes_show, store=routes_store, lines=True),),
+    entries=(Attribute(ROUTES, show=routes_show, store=routes_store, lines=True, flags=FOUND),),
     contents=interfaces,
     make=interface_make,
     remove=interface_remove,
     rename=interface_rename,
+    flags=FOUND,
 )
 FILES = (VIEW,)

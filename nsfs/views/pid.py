@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable
 
 from nsfs import members, sysctl
-from nsfs.attribute import Attribute, Caller, TagType, parse_int
+from nsfs.attribute import FOUND, Attribute, Caller, TagType, parse_int
 from nsfs.container import Container, Face
 from nsfs.view import PROC, in_thread, tag
 
@@ -82,9 +82,10 @@ async def last_show(face: Face) -> str:
 VIEW = TagType(
     "pid",
     entries=(
-        Attribute("tree", show=tree_show),
-        Attribute("max", show=max_show, store=max_store),
-        Attribute("last", show=last_show),
+        Attribute("tree", show=tree_show, flags=FOUND),
+        Attribute("max", show=max_show, store=max_store, flags=FOUND),
+        Attribute("last", show=last_show, flags=FOUND),
     ),
+    flags=FOUND,
 )
 FILES = (VIEW,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-from nsfs.attribute import PARENTS, Attribute, Caller, TagType, invalid, parse_int
+from nsfs.attribute import FOUND, PARENTS, Attribute, Caller, TagType, invalid, parse_int
 from nsfs.container import Container, Face
 from nsfs.kernfs import read
 from nsfs.rebuild import rebuild
@@ -56,8 +56,8 @@ def _clock(index: int) -> Attribute:
             build = dataclasses.replace(container.build, clocks=clocks)
             await rebuild(container, build)
 
-    return Attribute(CLOCKS[index], show=show, store=store, flags=PARENTS)
+    return Attribute(CLOCKS[index], show=show, store=store, flags=PARENTS | FOUND)
 
 
-VIEW = TagType("time", entries=(_clock(0), _clock(1)))
+VIEW = TagType("time", entries=(_clock(0), _clock(1)), flags=FOUND)
 FILES = (VIEW,)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 from nsfs import idmap, members
-from nsfs.attribute import Attribute, Contents, Directory, Entry, TagType, lines
+from nsfs.attribute import FOUND, Attribute, Contents, Directory, Entry, TagType, lines
 from nsfs.container import Container, Face
 from nsfs.kernfs import read
 from nsfs.view import PROC, in_thread, tag
@@ -41,7 +41,7 @@ def _table(name: str) -> Attribute:
             for inside, outside, count in rows
         )
 
-    return Attribute(name, show=show)
+    return Attribute(name, show=show, flags=FOUND)
 
 
 def owner_show(face: Face) -> str:
@@ -120,7 +120,7 @@ class Users(Contents):
         """Users inside to (processes, microseconds)."""
         container = self._container
         pids = list(members.host_pids(container))
-        if container.parent is not None:
+        if container.parent is not None and not container.is_found:
             pids.append(container.init_pid)
         found = await in_thread(lambda: list(_usage(pids)), PROC, container)
         result: dict[int, tuple[int, int]] = {}
@@ -152,7 +152,11 @@ async def users(container: Container) -> Users:
 
 VIEW = TagType(
     "user",
-    entries=(*map(_table, ("uid_map", "gid_map")), Attribute("owner", show=owner_show)),
+    entries=(
+        *map(_table, ("uid_map", "gid_map")),
+        Attribute("owner", show=owner_show, flags=FOUND),
+    ),
+    flags=FOUND,
     contents=users,
 )
 FILES = (VIEW,)

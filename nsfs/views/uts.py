@@ -11,7 +11,7 @@ import os
 import select
 from collections.abc import Awaitable, Callable
 
-from nsfs.attribute import Answer, Attribute, Caller, TagType, invalid, out_of_range
+from nsfs.attribute import FOUND, Answer, Attribute, Caller, TagType, invalid, out_of_range
 from nsfs.container import HOSTNAME_MAX, Container, Face
 from nsfs.view import inside, tag
 
@@ -58,23 +58,34 @@ class Name:
 
 
 async def _hostname(container: Container) -> str:
+    if container.is_found:
+        return await _read_there(container, HOSTNAME)
     name: str = await container.world.spawner.hostname(container.init_pid)
     return name + "\n"
 
 
 async def _domainname(container: Container) -> str:
-    return (await inside(container, ("uts",), _read)).decode("utf-8", "surrogateescape")
+    return await _read_there(container, DOMAINNAME)
+
+
+async def _read_there(container: Container, path: str) -> str:
+    name = await inside(container, ("uts",), lambda: _read(path))
+    return name.decode("utf-8", "surrogateescape")
 
 
 async def hostname_store(face: Face, value: str, caller: Caller) -> None:
     """Set it; EINVAL for characters that are no part of a name, ERANGE when it is too long."""
-    await face.world.spawner.set_hostname(tag(face, VIEW).init_pid, _name(value))
+    container, name = tag(face, VIEW), _name(value)
+    if container.is_found:
+        await inside(container, ("uts",), lambda: _write(HOSTNAME, name))
+    else:
+        await face.world.spawner.set_hostname(container.init_pid, name)
 
 
 async def domainname_store(face: Face, value: str, caller: Caller) -> None:
     """Set it, with the errors of `hostname`."""
-    name = _name(value).encode() + b"\n"
-    await inside(tag(face, VIEW), ("uts",), lambda: _write(name))
+    name = _name(value)
+    await inside(tag(face, VIEW), ("uts",), lambda: _write(DOMAINNAME, name))
 
 
 def _name(value: str) -> str:
@@ -86,21 +97,29 @@ def _name(value: str) -> str:
     return name
 
 
-def _read() -> bytes:
-    with open(DOMAINNAME, "rb") as file:
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
         return file.read()
 
 
-def _write(name: bytes) -> None:
-    with open(DOMAINNAME, "wb", buffering=0) as file:
-        file.write(name)
+def _write(path: str, name: str) -> None:
+    with open(path, "wb", buffering=0) as file:
+        file.write(name.encode() + b"\n")
 
 
 VIEW = TagType(
     "uts",
     entries=(
-        Attribute("hostname", show=Name(HOSTNAME, _hostname).show, store=hostname_store),
-        Attribute("domainname", show=Name(DOMAINNAME, _domainname).show, store=domainname_store),
+        Attribute(
+            "hostname", show=Name(HOSTNAME, _hostname).show, store=hostname_store, flags=FOUND
+        ),
+        Attribute(
+            "domainname",
+            show=Name(DOMAINNAME, _domainname).show,
+            store=domainname_store,
+            flags=FOUND,
+        ),
     ),
+    flags=FOUND,
 )
 FILES = (VIEW,)

@@ -54,7 +54,7 @@ class Instance:
         self.tree = base / "tree"
         self.run_dir = base / "run"
         self.group = f"nsfs-test-{os.getpid()}-{next(_serial)}"
-        self.options = options or []
+        self.options = list(options or [])
 
     def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run nsfs(8)."""
@@ -65,6 +65,13 @@ class Instance:
     def mount(self) -> None:
         """Serve the tree."""
         self.tree.mkdir(exist_ok=True)
+        if "--config" not in self.options:
+            self.options += ["--config", str(self.base / "nsfs-test.conf")]
+        # What else runs on this machine is found only by tests that ask for it.
+        config = Path(self.options[self.options.index("--config") + 1])
+        text = config.read_text() if config.exists() else ""
+        if "[discovery]" not in text:
+            config.write_text(f"{text}\n[discovery]\nenabled = off\n")
         done = self.command(
             "mount",
             str(self.tree),

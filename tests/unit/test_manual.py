@@ -25,7 +25,7 @@ from docutils import nodes
 from docutils.core import publish_doctree, publish_string
 
 from nsfs import cli, config, namespaces, run
-from nsfs.attribute import HIDDEN, NOT_ON_ROOT, PARENTS, Directory, Link
+from nsfs.attribute import FOUND, HIDDEN, NOT_ON_ROOT, PARENTS, Directory, Link
 from nsfs.daemon import tables
 from nsfs.tree import Names, Tables
 from tests.programs import program
@@ -34,6 +34,7 @@ MAN = Path(__file__).parents[2] / "man"
 PAGES = ("nsfs.5", "nsfs.8")
 READ_ONLY_INSIDE = "read-only inside"
 NOT_AT_THE_ROOT = "not at the root"
+FOUND_TOO = "found too"
 
 
 class Item(NamedTuple):
@@ -89,29 +90,30 @@ def items(parent: nodes.Element) -> Iterator[Item]:
 # --- control files ---
 
 
-def documented_files() -> dict[str, tuple[str, bool, bool]]:
-    """By path: the mode or `link`, read-only inside, not at the root."""
-    found: dict[str, tuple[str, bool, bool]] = {}
+def documented_files() -> dict[str, tuple[str, bool, bool, bool]]:
+    """By path: the mode or `link`, read-only inside, not at the root, found too."""
+    found: dict[str, tuple[str, bool, bool, bool]] = {}
     for item in items(section("nsfs.5", "CONTROL FILES")):
         mode, *marks = item.classifiers
-        assert set(marks) <= {READ_ONLY_INSIDE, NOT_AT_THE_ROOT}, item
+        assert set(marks) <= {READ_ONLY_INSIDE, NOT_AT_THE_ROOT, FOUND_TOO}, item
         for name in item.names:
             kinds = namespaces.SORTED if name.endswith("/TYPE") else ("",)
             for kind in kinds:
                 path = name.removesuffix("TYPE") + kind if kind else name
                 assert path not in found, path
-                found[path] = (mode, READ_ONLY_INSIDE in marks, NOT_AT_THE_ROOT in marks)
+                known = (READ_ONLY_INSIDE in marks, NOT_AT_THE_ROOT in marks, FOUND_TOO in marks)
+                found[path] = (mode, *known)
     return found
 
 
-def actual_files() -> dict[str, tuple[str, bool, bool]]:
+def actual_files() -> dict[str, tuple[str, bool, bool, bool]]:
     """The same of the tables."""
-    found: dict[str, tuple[str, bool, bool]] = {}
+    found: dict[str, tuple[str, bool, bool, bool]] = {}
     for path, entry in Tables(Directory("", entries=tables()), Names()).paths():
         if HIDDEN in entry.flags:
             continue
         mode = "link" if isinstance(entry, Link) else f"{stat.S_IMODE(entry.mode):04o}"
-        flags = (PARENTS in entry.flags, NOT_ON_ROOT in entry.flags)
+        flags = (PARENTS in entry.flags, NOT_ON_ROOT in entry.flags, FOUND in entry.flags)
         found[f"{path}/" if isinstance(entry, Directory) else path] = (mode, *flags)
         if isinstance(entry, Directory) and entry.member is not None:
             member = entry.member
