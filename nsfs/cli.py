@@ -21,7 +21,9 @@ from nsfs.cgroup import Hierarchies
 from nsfs.instance import Instance
 
 ASK_S = 10.0
-"""How long a daemon may take to be started again and to answer."""
+"""How long a daemon may take to answer."""
+START_S = 10.0
+"""How long one may take to be started again."""
 END_S = 60.0
 """How long an instance may take to end."""
 RUN_DIR = "/run/nsfs"
@@ -186,11 +188,14 @@ def instance(directory: str | None) -> tuple[str, str]:
 
 
 def ask(run_dir: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Ask a daemon; it may just be being started again, so wait a little for it."""
-    end_s = time.monotonic() + ASK_S
+    """Ask a daemon; it may just be being started again, so wait a little for it.  TimeoutError for
+    one that is there and does not answer."""
+    end_s = time.monotonic() + START_S
     while True:
         try:
             return _ask_now(run_dir, question)
+        except TimeoutError:
+            raise
         except (OSError, ValueError):
             if time.monotonic() > end_s or not Instance(run_dir).lives():
                 raise

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nsfs import cli
-from tests.integration.conftest import DEADLINE_S, NSFS, Container, Instance, wait_until
+from tests.integration.conftest import DEADLINE_S, NSFS, SLOWNESS, Container, Instance, wait_until
 
 from .test_restart import facts, mounted, works
 
@@ -100,8 +100,9 @@ def test_another_takes_its_place_and_nobody_notices(instance: Instance, web: Con
 def nsfs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """nsfs(8), which waits for a daemon that does not answer for a second only."""
-    monkeypatch.setattr(cli, "ASK_S", 1.0)
+    """nsfs(8), which does not wait long for a daemon that does not answer."""
+    monkeypatch.setattr(cli, "ASK_S", 2.0 * SLOWNESS)
+    monkeypatch.setattr(cli, "START_S", DEADLINE_S)
 
     def command(*words: object) -> tuple[int, str, str]:
         code = cli.main(list(map(str, words)))
@@ -208,8 +209,12 @@ def test_a_daemon_that_hangs(
 
 
 def test_a_daemon_that_cannot_start(
-    instance: Instance, web: Container, nsfs: Callable[..., tuple[int, str, str]]
+    instance: Instance,
+    web: Container,
+    nsfs: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cli, "START_S", 1.0)
     init = web.init
     (instance.run_dir / "c" / "1.json").write_text("not a record")
     os.kill(instance.daemon(), signal.SIGKILL)
@@ -245,7 +250,7 @@ def test_both_are_killed_and_the_containers_are_taken_up_again(
     done = instance.command("umount", str(instance.tree), check=False)
     assert done.returncode == 1
     assert "records of 2 containers" in done.stderr
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < DEADLINE_S
     instance.mount()
     assert web.init == init
     assert os.listdir(db / "procs") == [pid]
