@@ -193,6 +193,32 @@ static bool needs_reply(uint32_t opcode)
 	       opcode != FUSE_NOTIFY_REPLY;
 }
 
+/*
+ * Every file is opened for direct I/O, so what is to fill a page of the page cache comes of a private
+ * mapping (mmap(2)).  Until it is answered the page is locked, and whoever opens or maps that file waits
+ * for it, uninterruptibly: a read that waits for a record would keep them for ever.  (fuse_send_read():
+ * other reads have an owner.)
+ */
+static bool fills_page(const struct fuse_in_header *in)
+{
+	const struct fuse_read_in *wanted = (const struct fuse_read_in *)(in + 1);
+
+	return in->opcode == FUSE_READ && in->len >= sizeof(*in) + sizeof(*wanted) &&
+	       !(wanted->read_flags & FUSE_READ_LOCKOWNER);
+}
+
+/* Note what is to be answered; false when it was answered with an error already. */
+static bool refuse_or_record(int fd, const struct fuse_in_header *in)
+{
+	if (fills_page(in))
+		reply_error(fd, in->unique, ENODEV);
+	else if (record(in))
+		return true;
+	else
+		reply_error(fd, in->unique, EBUSY);
+	return false;
+}
+
 static int by_unique(const void *left, const void *right)
 {
 	uint64_t a = slot_at(*(const uint16_t *)left)->unique;
@@ -220,8 +246,8 @@ static void take_stock(int fd)
 	if (in->len && in->opcode == FUSE_INIT && !head->init_bytes && in->len <= sizeof(head->init)) {
 		record_init(in);
 	} else if (in->len && needs_reply(in->opcode) && in->opcode != FUSE_INIT &&
-		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique) && !record(in)) {
-		reply_error(fd, in->unique, EBUSY);
+		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique)) {
+		refuse_or_record(fd, in);
 	}
 	store(&in->len, 0);
 	/* What several daemons in turn died of at once must not end the filesystem for all. */
@@ -468,10 +494,8 @@ static ssize_t read_device(void *buffer, size_t size)
 		store(&in->len, 0);
 		return hand_over_init(buffer, size);
 	}
-	if (needs_reply(in->opcode) && !record(in)) {
-		reply_error(device_fd, in->unique, EBUSY);
+	if (needs_reply(in->opcode) && !refuse_or_record(device_fd, in))
 		return nothing();
-	}
 	bytes = hand_over(in, in->len, false, buffer, size);
 	store(&in->len, 0);
 	return bytes;

@@ -46,6 +46,21 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEAD
     return found
 
 
+@contextlib.contextmanager
+def holding(mountpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A filesystem that does not answer (holding_fs.py) at that directory, which is made."""
+    mountpoint.mkdir()
+    words = [sys.executable, "-P", Path(__file__).with_name("holding_fs.py"), mountpoint]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"mounted\n"
+            yield server
+        finally:
+            server.kill()
+            subprocess.run(["umount", "-l", mountpoint], check=True)
+
+
 class Instance:
     """One mounted tree."""
 

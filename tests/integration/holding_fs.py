@@ -1,9 +1,10 @@
 """A filesystem whose file `held` is opened, but what is in it never comes: holding_fs.py MOUNTPOINT.
 
-In the directory `dir`, which cannot be listed, every file is like that, and a program.  Once a line was written to its
-standard input, `dir` cannot be looked up any more: who tries waits; after the line "within" it can,
-but nothing in it.  Nobody who waits heeds signals, SIGKILL included, as with any FUSE server that
-does not.
+The file `direct` is the same, but opened for direct I/O: who maps it while a page of it is awaited
+waits with the lock of his memory (mmap_lock) held.  In the directory `dir`, which cannot be listed,
+every file is like `held`, and a program.  Once a line was written to its standard input, `dir`
+cannot be looked up any more: who tries waits; after the line "within" it can, but nothing in it.
+Nobody who waits heeds signals, SIGKILL included, as with any FUSE server that does not.
 
 It tells by a line when it is mounted, and ends when its standard input does.
 """
@@ -22,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 HELD = 2
 DIRECTORY = 3
+DIRECT = 4
 
 
 class HoldingFS(pyfuse3.Operations):
@@ -33,7 +35,9 @@ class HoldingFS(pyfuse3.Operations):
         attributes.st_ino = inode
         attributes.st_nlink = 1
         attributes.st_size = 1 << 20
-        attributes.st_mode = stat.S_IFREG | 0o777 if inode == HELD else stat.S_IFDIR | 0o755
+        attributes.st_mode = (
+            stat.S_IFREG | 0o777 if inode in (HELD, DIRECT) else stat.S_IFDIR | 0o755
+        )
         attributes.entry_timeout = 0
         return attributes
 
@@ -45,6 +49,8 @@ class HoldingFS(pyfuse3.Operations):
             await trio.sleep_forever()
         if parent_inode == DIRECTORY or name == b"held":
             return self.attributes(HELD)
+        if name == b"direct":
+            return self.attributes(DIRECT)
         if name != b"dir":
             raise FUSEError(errno.ENOENT)
         if self.gone:
@@ -55,7 +61,7 @@ class HoldingFS(pyfuse3.Operations):
         await trio.sleep_forever()
 
     async def open(self, inode: int, flags: int, ctx: Any) -> FileInfo:
-        return FileInfo(fh=inode, keep_cache=True)
+        return FileInfo(fh=inode, keep_cache=True, direct_io=inode == DIRECT)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         await trio.sleep_forever()

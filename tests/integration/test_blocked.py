@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import DEADLINE_S, SLOWNESS, Container, Instance, wait_until, write
+from .conftest import DEADLINE_S, SLOWNESS, Container, Instance, holding, wait_until, write
 
 # What a test fails on is not how fast it is, but that it does not happen.
 GONE_S = 5.0 * SLOWNESS
@@ -236,17 +236,12 @@ class Held:
 @pytest.fixture
 def held(tmp_path: Path, web: Container) -> Iterator[Held]:
     """A filesystem that does not answer, until after the test."""
-    mountpoint = tmp_path / "holding"
-    mountpoint.mkdir()
-    words = [sys.executable, "-P", Path(__file__).with_name("holding_fs.py"), mountpoint]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+    with holding(tmp_path / "holding") as server:
         try:
-            assert server.stdout is not None
-            assert server.stdout.readline() == b"mounted\n"
-            yield Held(mountpoint, server)
+            yield Held(tmp_path / "holding", server)
         finally:
+            # What waits for it fails then, so that it can be taken back.
             server.kill()
-            subprocess.run(["umount", "-l", mountpoint], check=True)
             with contextlib.suppress(FileNotFoundError):
                 web.write("defaults/binds", "")
                 web.write("defaults/rootfs", "host")

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from .conftest import (
     TYPES,
     Container,
     Instance,
+    holding,
     namespaces_of,
     refused,
     wait_until,
@@ -631,15 +631,11 @@ def test_a_filesystem_that_does_not_answer_keeps_no_container_from_being_made(
 ) -> None:
     for number in range(80):
         (tree / f"w{number}").mkdir()
-    program = Path(__file__).with_name("holding_fs.py")
-    words = [sys.executable, "-P", program, tmp_path]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"mounted\n"
+    with holding(tmp_path / "holding") as server:
         os.kill(server.pid, signal.SIGSTOP)
         script = 'for i in $(seq 0 79); do echo "/mnt $0/$i ro" > "$1/w$i/binds" & done; wait'
         with subprocess.Popen(
-            ["sh", "-c", script, tmp_path, tree], stderr=subprocess.DEVNULL
+            ["sh", "-c", script, tmp_path / "holding", tree], stderr=subprocess.DEVNULL
         ) as writers:
             try:
                 for number in range(5):
@@ -651,6 +647,5 @@ def test_a_filesystem_that_does_not_answer_keeps_no_container_from_being_made(
                 assert writers.poll() is None
             finally:
                 server.kill()
-                subprocess.run(["umount", "-l", tmp_path], check=True)
                 writers.wait()
     assert all((tree / f"w{number}/binds").read_text() == "" for number in range(80))

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import socket
 import subprocess
 import textwrap
@@ -21,7 +22,7 @@ import pytest
 
 from nsfs.spawner import LIBEXEC
 
-from .conftest import DEADLINE_S, Container, Instance, group_of, wait_until
+from .conftest import DEADLINE_S, Container, Instance, group_of, holding, wait_until
 
 PYTHON = "/usr/bin/python3"
 IDS = 65536
@@ -551,50 +552,6 @@ def test_paths_that_members_name_are_their_own(
 
 
 HARM: dict[str, tuple[str, str]] = {
-    # mmap(2) of a direct-I/O file waits for its locked pages with the process's mmap_lock held, which
-    # whoever reads its command line wants too.
-    "its command line is locked": (
-        """
-        fd = os.open("/dev/kmsg", os.O_RDONLY)
-        first = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        if not os.fork():
-            first[0]
-        time.sleep(0.3)
-        print("ready")
-        second = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        """,
-        "cat procs/*; cat procs/*",
-    ),
-    # It is looked at whether what links itself is an ln of busybox.
-    "a link whose command line is locked": (
-        """
-        import shutil
-        os.mkdir("/sys/namespaces/db")
-        shutil.copy("/usr/bin/python3", "/tmp/busybox")
-        program = """
-        + repr("""if True:
-            import ctypes, mmap, os, threading, time
-            fd = os.open("/dev/kmsg", os.O_RDONLY)
-            first = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
-            if not os.fork():
-                first[0]
-            time.sleep(0.3)
-            # The lock of the interpreter is given up.
-            mapping = threading.Thread(target=ctypes.CDLL(None).mmap, args=(None, 4096, 1, 2, fd, 0))
-            mapping.start()
-            time.sleep(0.3)
-            try:
-                os.link("/sys/namespaces/procs/self", "/sys/namespaces/db/procs/self")
-            except OSError as error:
-                print("ready" if error.errno == 16 else error)
-            """)
-        + """
-        if not os.fork():
-            os.execv("/tmp/busybox", ["/tmp/busybox", "-u", "-c", program])
-        time.sleep(1000)
-        """,
-        "cat state",
-    ),
     "asynchronous reads that never end": (
         """
         fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_DIRECT)
@@ -614,18 +571,6 @@ HARM: dict[str, tuple[str, str]] = {
         time.sleep(1000)
         """,
         "cat state",
-    ),
-    "readers by page faults": (
-        """
-        for each in range(30):
-            if not os.fork():
-                fd = os.open("/dev/kmsg", os.O_RDONLY)
-                mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)[0]
-        time.sleep(0.3)
-        print("ready")
-        time.sleep(1000)
-        """,
-        "cat state stat",
     ),
     "a rootfs of our own files": (
         """
@@ -780,6 +725,87 @@ def test_harm(harm: str, web: Container, instance: Instance, served: None) -> No
     # Whatever they are doing, they go.
     subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
     instance.settled()
+
+
+HOLDER = """
+fd = os.open("/mnt/direct", os.O_RDONLY)
+first = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+if not os.fork():
+    first[0]
+time.sleep(0.3)
+"""
+# It is looked at whether what links itself is an ln of busybox.
+LINKS_ITSELF = f"""
+import ctypes, errno, mmap, os, threading, time
+{HOLDER}
+# The lock of the interpreter is given up.
+threading.Thread(target=ctypes.CDLL(None).mmap, args=(None, 4096, 1, 2, fd, 0)).start()
+time.sleep(0.3)
+try:
+    os.link("/sys/namespaces/procs/self", "/sys/namespaces/db/procs/self")
+except OSError as error:
+    print("ready" if error.errno == errno.EBUSY else error)
+"""
+LOCKED = {
+    "a member's": (
+        f"""{HOLDER}
+print("ready")
+second = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+""",
+        "cat procs/*; cat procs/*",
+    ),
+    "of who links himself": (
+        f"""
+import shutil
+os.mkdir("/sys/namespaces/db")
+shutil.copy("/usr/bin/python3", "/tmp/busybox")
+if not os.fork():
+    os.execv("/tmp/busybox", ["/tmp/busybox", "-u", "-c", {LINKS_ITSELF!r}])
+time.sleep(1000)
+""",
+        "cat state",
+    ),
+}
+
+
+@pytest.mark.parametrize("whose", LOCKED)
+def test_a_command_line_that_is_locked(
+    whose: str, web: Container, tmp_path: Path, instance: Instance, served: None
+) -> None:
+    """mmap(2) of a direct-I/O file waits for its locked pages with the process's mmap_lock held,
+    which whoever reads its command line wants too."""
+    program, outside = LOCKED[whose]
+    with holding(tmp_path / "holding") as server:
+        web.write("binds", f"/mnt {tmp_path}/holding ro")
+        starts(web, program, "ready")
+        subprocess.run(
+            ["sh", "-c", outside], cwd=web.path, capture_output=True, check=False, timeout=15
+        )
+        # They wait as that filesystem has them wait, whatever kills them.
+        server.kill()
+        subprocess.run(["rm", "-rf", web.path], check=True, timeout=DEADLINE_S)
+        instance.settled()
+
+
+def test_what_is_mapped_is_no_file_to_read(web: Container) -> None:
+    """A page of the log that is awaited would keep whoever opens or maps it waiting, whatever
+    signals come."""
+    assert (
+        says(
+            web,
+            """
+        for name in ("/dev/kmsg", "/proc/kmsg", "/sys/namespaces/state"):
+            fd = os.open(name, os.O_RDONLY)
+            print(tried(mmap.mmap, fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ))
+            for each in range(3):
+                if not os.fork():
+                    mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)[0]
+            print(*{os.wait()[1] for each in range(3)})
+            os.close(os.open(name, os.O_RDONLY))
+        """,
+        )
+        == ["ENODEV", str(signal.SIGBUS.value)] * 3
+    )
 
 
 def test_commands_without_number(web: Container, instance: Instance, served: None) -> None:
