@@ -256,9 +256,8 @@ def test_both_are_killed_and_the_containers_are_taken_up_again(
     assert os.listdir(db / "procs") == [pid]
     assert web.read("kmsg").count(";before") == 1
     for each in (web, db):
-        assert each.run("echo said > /dev/kmsg; ls -d /sys/namespaces/procs; hostname").endswith(
-            f"{each.path.name}\n"
-        )
+        said = each.run("echo said > /dev/kmsg && ls -d /sys/namespaces/procs && hostname")
+        assert said.endswith(f"{each.path.name}\n")
         assert each.read("kmsg").count(";said") == 1
     assert web.run("test -c /dev/null && cat /sys/namespaces/db/state; mkdir /sys/namespaces/x")
     works(Container(web / "x"))

@@ -628,7 +628,7 @@ def back_off(directory: Path) -> None:
         (mounted.state / "fault").write_text(f"later {signal.SIGABRT:d}")
         starts = mounted.state / "starts"
         mounted.kill_daemon()
-        until(lambda: len(starts.read_text().split()) >= 11, 20)
+        until(lambda: len(starts.read_text().split()) >= 11, 2 * WAIT_S)
         times = [float(line) for line in starts.read_text().split()]
         said = re.findall(r"the next one starts in (\d+) ms", (mounted.run / "log").read_text())
         wanted_ms = [0, 0, 0, 50, 100, 200, 400, 800, 1000, 1000]
