@@ -169,6 +169,8 @@ def groups_of(instance: Instance) -> Path:
         _, directory, kind, _ = line.split(" ", 3)
         if kind == "cgroup2":
             found = list(Path(directory, instance.group).glob("*/payload"))
+            # Not that of one made in advance.
+            found = [path for path in found if path.parent.name in instance.groups()]
             if found:
                 return found[0]
     raise AssertionError("no group")
