@@ -44,6 +44,8 @@ LOOKED_UP_MAX = 1024
 """How much of what views showed is kept at hand."""
 LOOK_AGAIN_S = 0.2
 """How old what is listed of found containers may be, in seconds."""
+CHECKED_MAX = 64
+"""Up to how many of them it is made sure of each that it is still there."""
 GONE = ".gone"
 """Where names are that somebody removes who has listed them, and that are gone by then."""
 REMEMBERED_MAX = 32
@@ -281,10 +283,17 @@ class Nodes:
         if node.path or isinstance(node.entry, TagType):
             return await self._view_rows(node, asking)
         if node.entry is self.tables.root or node.face.container.is_found:
-            await self.world.look(LOOK_AGAIN_S)
+            await self._look_for_found(node.face.container)
         if node.entry is not self.tables.root and self.removal.files_removed(node.face, asking):
             return []
         return sorted(self._rows(node), key=lambda row: row[0])
+
+    async def _look_for_found(self, container: Container) -> None:
+        """Have what was made elsewhere known, and what is dead forgotten."""
+        await self.world.look(LOOK_AGAIN_S)
+        known = [each for each in container.found.values() if isinstance(each, Found)]
+        if len(known) <= CHECKED_MAX and not all(each.check() for each in known):
+            await self.world.look(0.0)
 
     def remember(self, process: Process, node: Node, rows: list[Row]) -> None:
         """That a process has seen that listed."""

@@ -57,8 +57,13 @@ class Name:
         return bool(self._poll.poll(0))
 
 
+def _has_init(container: Container) -> bool:
+    """Whether the spawner knows a process in it: that of the host may not be looked at."""
+    return container.parent is not None and not container.is_found
+
+
 async def _hostname(container: Container) -> str:
-    if container.is_found:
+    if not _has_init(container):
         return await _read_there(container, HOSTNAME)
     name: str = await container.world.spawner.hostname(container.init_pid)
     return name + "\n"
@@ -76,10 +81,10 @@ async def _read_there(container: Container, path: str) -> str:
 async def hostname_store(face: Face, value: str, caller: Caller) -> None:
     """Set it; EINVAL for characters that are no part of a name, ERANGE when it is too long."""
     container, name = tag(face, VIEW), _name(value)
-    if container.is_found:
-        await inside(container, ("uts",), lambda: _write(HOSTNAME, name))
-    else:
+    if _has_init(container):
         await face.world.spawner.set_hostname(container.init_pid, name)
+    else:
+        await inside(container, ("uts",), lambda: _write(HOSTNAME, name))
 
 
 async def domainname_store(face: Face, value: str, caller: Caller) -> None:

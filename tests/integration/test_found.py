@@ -343,6 +343,14 @@ def test_it_vanishes_with_its_last_process(tree: Path) -> None:
             os.close(directory_fd)
 
 
+def test_it_is_not_listed_after_its_last_process(tree: Path) -> None:
+    for _ in range(5):
+        with running("unshare", "-un", "sleep", "1000") as process:
+            found = found_in(tree, process.pid)
+            process.end()
+            assert found.path not in those_in(tree)
+
+
 def test_it_stays_while_a_child_of_the_last_known_process_is_in_it(
     tree: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import textwrap
 from pathlib import Path
@@ -176,6 +177,16 @@ def test_the_roots_is_the_hosts(tree: Path) -> None:
         ["routes", "sysctl"]
         + [name for name in os.listdir("/sys/class/net") if Path("/sys/class/net", name).is_dir()]
     )
+
+
+def test_the_hosts_names_are_those_of_whoever_shares_them(tree: Path, web: Container) -> None:
+    web.write("defaults/unshare", "cgroup ipc mnt net pid syslog time user")
+    os.mkdir(web / "db")
+    web.run("hostname shop")
+    assert Container(web / "db").read("uts/hostname") == "shop\n"
+    # Of those that nobody has changed meanwhile, too.
+    assert (tree / "uts/hostname").read_text() == f"{socket.gethostname()}\n"
+    assert (tree / "uts/domainname").read_text() == Path("/proc/sys/kernel/domainname").read_text()
 
 
 def test_uts(web: Container) -> None:
