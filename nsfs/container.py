@@ -319,8 +319,10 @@ class Container:
 
     def populated(self) -> bool:
         """Whether it has a member besides its init, nested containers aside."""
-        if self.group.events("payload")["populated"]:
-            return True
+        return bool(self.group.events("payload")["populated"]) or self.populated_away()
+
+    def populated_away(self) -> bool:
+        """Whether it has a member in another container's part of the hierarchy."""
         return any(cgroup.pids_of(path) for path in self.world.away(self, nested=False))
 
     def suspended(self) -> bool:

@@ -546,7 +546,7 @@ class World:
             with contextlib.suppress(FileNotFoundError):
                 watch = self.inotify.add(f"{container.group.path}/{part}/cgroup.events")
                 container.watches.append(watch)
-                self._watched[watch] = functools.partial(self._changed_in, container)
+                self._watched[watch] = functools.partial(self.look_at, container)
         self.notices.started(container)
         for tell in self.started:
             tell(container)
@@ -615,7 +615,8 @@ class World:
                     each.own_log.report_suppressed()
 
     def look_at(self, container: Container) -> None:
-        """See what has become of a container and tell who waits, if anything has."""
+        """See what has become of a container and tell who waits, if anything has; not while it is
+        being rebuilt or removed."""
         if not container.settled.is_set() or container.phase is Phase.GONE:
             return
         whole, members = container.group.events(), container.group.events("payload")
@@ -630,14 +631,6 @@ class World:
         seen = (members["populated"], whole["frozen"], container.phase)
         if seen != container.seen:
             container.seen = seen
-            container.tell()
-
-    def _changed_in(self, container: Container) -> None:
-        """The kernel tells that something has changed, perhaps to and fro since the last look: who
-        has read what it was in between is waiting to be told, too."""
-        version = container.changed.version
-        self.look_at(container)
-        if container.changed.version == version:
             container.tell()
 
     def start(self, function: Callable[..., Awaitable[None]], *args: Any) -> None:

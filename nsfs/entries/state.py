@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import signal
+from collections.abc import Iterator
 
 import trio
 
@@ -31,13 +32,30 @@ from nsfs.attribute import (
     invalid,
     parse_bool,
 )
-from nsfs.container import Container, Face
+from nsfs.container import Container, Face, Phase
 from nsfs.found import Found
 
 
 def populated(container: Container) -> bool:
     """Whether it or a container in it has a member besides the inits."""
-    return any(each.populated() for each in (container, *container.descendants()))
+    return any(_look(each)[0] or each.populated_away() for each in _all(container))
+
+
+def _look(container: Container) -> tuple[int, int]:
+    """`populated` and `frozen` by its own groups.
+
+    What is shown is what was seen: so who polls is told of the next change, even if it is back at
+    what it was before by the time that the kernel tells of it.
+    """
+    container.world.look_at(container)
+    if container.settled.is_set() and container.phase is not Phase.GONE:
+        return container.seen[:2]
+    return container.group.events("payload")["populated"], container.group.events()["frozen"]
+
+
+def _all(container: Container) -> Iterator[Container]:
+    yield container
+    yield from container.descendants()
 
 
 async def _found_show(face: Face, found: Found) -> str:
@@ -62,7 +80,7 @@ def state_show(face: Face) -> Answer[str]:
     return flat_keyed(
         (
             ("populated", 1 if top else int(populated(container))),
-            ("frozen", 0 if top else container.group.events()["frozen"]),
+            ("frozen", 0 if top else _look(container)[1]),
             ("procs", members.count(container)),
             ("containers", sum(1 for _ in container.descendants())),
             ("oom_kill", notices.oom_kills(container)),
