@@ -95,6 +95,8 @@ class OpenFile:
     seen, makes it again with `reopened` true.
     """
 
+    waits = False
+    """Whether a read may wait for as long as nobody writes."""
     writer = 0
     """The thread whose write(2) is being dispatched, as the host numbers it."""
 

@@ -712,8 +712,13 @@ class Operations(pyfuse3.Operations):
         """FUSE_READ."""
         unique, _, opcode, _ = self.device.current()
         uid = self.device.caller()[1]
+        fills_page = self.device.fills_page()
 
         def read(opened: OpenFile) -> Answer[bytes]:
+            if fills_page and opened.waits:
+                raise OSError(
+                    errno.EINVAL, "no page of it is waited for", opened.face.container.name
+                )
             if opcode == takeover.LSEEK:
                 return takeover.sought(opened.seek(*takeover.seek(off)))
             found = opened.read(off, size, unique)

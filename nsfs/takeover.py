@@ -24,6 +24,7 @@ _MAGIC = 0x3273666E
 _SERVING = struct.Struct("=16xI")
 _CURRENT = struct.Struct("=32xQQI12x?")
 _CALLER = struct.Struct("=32x20xIII")
+_FILLS_PAGE = 32 + 33
 _SLOTS = 16384
 _USED = 4096
 _SLOT_BYTES = 65536 + 4096
@@ -134,6 +135,14 @@ class Device:
         """
         caller: tuple[int, int, int] = _CALLER.unpack_from(self._head)
         return caller
+
+    def fills_page(self) -> bool:
+        """Whether the current request is a read for the page cache: of a private mapping, say.
+
+        Until it is answered a page of the file is locked, and whoever opens or maps the file waits
+        for it, whatever signals come.
+        """
+        return bool(self._head[_FILLS_PAGE])
 
     async def interrupts(self) -> AsyncIterator[int]:
         """The unique of each request whose caller got a signal, as the kernel reports them.

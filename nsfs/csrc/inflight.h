@@ -31,7 +31,8 @@ struct inflight_request {
 	uint32_t uid;
 	uint32_t gid;
 	uint8_t replayed;		/* an earlier daemon was given it too */
-	uint8_t padding[7];
+	uint8_t fills_page;		/* a READ for the page cache */
+	uint8_t padding[6];
 };
 
 struct inflight_head {

@@ -195,9 +195,7 @@ static bool needs_reply(uint32_t opcode)
 
 /*
  * Every file is opened for direct I/O, so what is to fill a page of the page cache comes of a private
- * mapping (mmap(2)).  Until it is answered the page is locked, and whoever opens or maps that file waits
- * for it, uninterruptibly: a read that waits for a record would keep them for ever.  (fuse_send_read():
- * other reads have an owner.)
+ * mapping (mmap(2)) or of sendfile(2).  (fuse_send_read(): other reads have an owner.)
  */
 static bool fills_page(const struct fuse_in_header *in)
 {
@@ -205,18 +203,6 @@ static bool fills_page(const struct fuse_in_header *in)
 
 	return in->opcode == FUSE_READ && in->len >= sizeof(*in) + sizeof(*wanted) &&
 	       !(wanted->read_flags & FUSE_READ_LOCKOWNER);
-}
-
-/* Note what is to be answered; false when it was answered with an error already. */
-static bool refuse_or_record(int fd, const struct fuse_in_header *in)
-{
-	if (fills_page(in))
-		reply_error(fd, in->unique, ENODEV);
-	else if (record(in))
-		return true;
-	else
-		reply_error(fd, in->unique, EBUSY);
-	return false;
 }
 
 static int by_unique(const void *left, const void *right)
@@ -246,8 +232,8 @@ static void take_stock(int fd)
 	if (in->len && in->opcode == FUSE_INIT && !head->init_bytes && in->len <= sizeof(head->init)) {
 		record_init(in);
 	} else if (in->len && needs_reply(in->opcode) && in->opcode != FUSE_INIT &&
-		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique)) {
-		refuse_or_record(fd, in);
+		   *find(in->unique) == NO_SLOT && is_waiting(fd, in->unique) && !record(in)) {
+		reply_error(fd, in->unique, EBUSY);
 	}
 	store(&in->len, 0);
 	/* What several daemons in turn died of at once must not end the filesystem for all. */
@@ -297,6 +283,7 @@ static ssize_t hand_over(const struct fuse_in_header *in, size_t bytes, bool rep
 	head->current = (struct inflight_request){
 		.unique = in->unique, .nodeid = in->nodeid, .opcode = in->opcode,
 		.pid = in->pid, .uid = in->uid, .gid = in->gid, .replayed = replayed,
+		.fills_page = fills_page(in),
 	};
 	if (in->opcode == FUSE_POLL && bytes >= sizeof(*in) + sizeof(struct fuse_poll_in)) {
 		const uint64_t kh = ((const struct fuse_poll_in *)(in + 1))->kh;
@@ -494,8 +481,10 @@ static ssize_t read_device(void *buffer, size_t size)
 		store(&in->len, 0);
 		return hand_over_init(buffer, size);
 	}
-	if (needs_reply(in->opcode) && !refuse_or_record(device_fd, in))
+	if (needs_reply(in->opcode) && !record(in)) {
+		reply_error(device_fd, in->unique, EBUSY);
 		return nothing();
+	}
 	bytes = hand_over(in, in->len, false, buffer, size);
 	store(&in->len, 0);
 	return bytes;

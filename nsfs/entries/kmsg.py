@@ -93,6 +93,8 @@ class TextFile(_LogFile):
 class DeviceFile(_LogFile):
     """An open /dev/kmsg inside."""
 
+    waits = True
+
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)
         self.reader = DeviceReader(self.log, self.known, self.keep)
@@ -112,7 +114,7 @@ class DeviceFile(_LogFile):
 class ProcFile(_LogFile):
     """An open /proc/kmsg inside."""
 
-    takes = True
+    takes = waits = True
 
     def __init__(self, face: Face, token: int, flags: int, reopened: bool) -> None:
         super().__init__(face, token, flags, reopened)

@@ -787,25 +787,24 @@ def test_a_command_line_that_is_locked(
         instance.settled()
 
 
-def test_what_is_mapped_is_no_file_to_read(web: Container) -> None:
-    """A page of the log that is awaited would keep whoever opens or maps it waiting, whatever
-    signals come."""
-    assert (
-        says(
-            web,
-            """
+def test_no_page_of_a_log_is_waited_for(web: Container) -> None:
+    """It would keep whoever opens or maps the file waiting, whatever signals come."""
+    assert says(
+        web,
+        """
+        sent_fd = os.open("/tmp/sent", os.O_WRONLY | os.O_CREAT)
         for name in ("/dev/kmsg", "/proc/kmsg", "/sys/namespaces/state"):
             fd = os.open(name, os.O_RDONLY)
             print(tried(mmap.mmap, fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ))
+            print(tried(os.sendfile, sent_fd, fd, 0, 100))
             for each in range(3):
                 if not os.fork():
                     mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)[0]
+                    os._exit(0)
             print(*{os.wait()[1] for each in range(3)})
             os.close(os.open(name, os.O_RDONLY))
         """,
-        )
-        == ["ENODEV", str(signal.SIGBUS.value)] * 3
-    )
+    ) == [*["ENODEV", "EINVAL", str(signal.SIGBUS.value)] * 2, "ENODEV", "done", "0"]
 
 
 def test_commands_without_number(web: Container, instance: Instance, served: None) -> None:

@@ -45,6 +45,9 @@ class Device:
     def caller(self) -> tuple[int, int, int]:
         return 1, 0, 0
 
+    def fills_page(self) -> bool:
+        return False
+
 
 class Spawner:
     """Makes containers whose init is this process."""
